@@ -1,0 +1,170 @@
+"""Settings: a frozen dataclass, a config file of plain assignments, `--key=value` on top. Standard library only.
+
+    cfg, explicit, names = load(Config, sys.argv[1:])
+
+A config file is Python and is executed, in a namespace of its own: read one before you run it, as you would any script.
+Every public name it assigns must be a field of the dataclass; a name that starts with `_` is the file's own.
+A mistake is one sentence on standard error and exit status 2.
+"""
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import runpy
+import sys
+import types
+import typing
+
+
+class Mistake(Exception):
+    """The user can mend this: one sentence that says what is wrong, the value got and what to write. Exit status 2."""
+
+
+class Failure(Exception):
+    """Something went wrong while running; what was saved before stays usable. Exit status 1."""
+
+
+def fields(cls):
+    """{name: type} of a dataclass, in order."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def spell(kind):
+    """How a type is called in a message: 'int or None', 'one of short, unseen'."""
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(str(a) for a in typing.get_args(kind))
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return " or ".join("None" if a is type(None) else spell(a) for a in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"a comma-separated list of {spell(typing.get_args(kind)[0])}"
+    return kind.__name__
+
+
+def fit(value, kind):
+    """The value as `kind`, or raise ValueError. Strings are parsed, int widens to float, nothing else is converted."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None or value == "None":
+            return None
+        return fit(value, next(a for a in args if a is not type(None)))
+    if origin is typing.Literal:
+        if value in args:
+            return value
+        raise ValueError
+    if origin is tuple:
+        if isinstance(value, str):
+            value = [v for v in value.strip("()[] ").split(",") if v.strip()]
+        if isinstance(value, (list, tuple)):
+            return tuple(fit(v, args[0]) for v in value)
+        raise ValueError
+    if kind is bool:
+        if value in ("True", "False") or isinstance(value, bool):
+            return value in ("True", True)
+        raise ValueError
+    if isinstance(value, str) and kind in (int, float):
+        return kind(value.strip())
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ValueError
+
+
+def check(cls, name, value, where):
+    """One setting, typed; `where` is how the user wrote it."""
+    kinds = fields(cls)
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise Mistake(f"{where}: no setting called '{name}'{hint} --help lists all settings.")
+    try:
+        return fit(value, kinds[name])
+    except ValueError:
+        raise Mistake(f"{where}: {name} must be {spell(kinds[name])}, got {value!r}.") from None
+
+
+def read(cls, path):
+    """The settings of one config file, typed."""
+    if not os.path.isfile(path):
+        raise Mistake(f"{path}: no such config file; configs/ holds the ones that come with the project.")
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # `from configs.x import *`
+    try:
+        names = runpy.run_path(path)
+    except Exception as e:
+        raise Mistake(f"{path}: cannot be read as a config: {type(e).__name__}: {e}.") from None
+    finally:
+        sys.path.pop(0)
+    return {k: check(cls, k, v, path) for k, v in names.items()
+            if not k.startswith("_") and not isinstance(v, types.ModuleType)}
+
+
+def comments(cls):
+    """{field: its trailing comment} and {field: the group title above it}, read from the dataclass's own source."""
+    said, groups = {}, {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        title = None
+        for line in inspect.getsource(base).splitlines():
+            if m := re.match(r"    # (.+)", line):
+                title = m[1]
+            elif m := re.match(r"    (\w+): [^#]*(?:  # (.*))?$", line):
+                said[m[1]] = m[2] or ""
+                if title:
+                    groups[m[1]], title = title, None
+    return said, groups
+
+
+def show_help(cls, usage):
+    said, groups = comments(cls)
+    print(usage.strip(), "\n\nSettings, --key=value (a config file is the same names, as plain assignments):")
+    for f in dataclasses.fields(cls):
+        if f.name in groups:
+            print(f"\n  {groups[f.name]}")
+        kind = fields(cls)[f.name]
+        choices = f" ({spell(kind)})" if typing.get_origin(kind) is typing.Literal else ""
+        print(f"    --{f.name + '=' + str(f.default):<34} {said.get(f.name, '')}{choices}".rstrip())
+
+
+def load(cls, argv, usage="", default=None):
+    """(config, the settings that were given, the other words). Later words win; a word ending in .py is a config file.
+
+    `default` is the config file read when none is named, unless --benchmark asks for something else than its own.
+    """
+    if "--help" in argv or "-h" in argv:
+        show_help(cls, usage)
+        raise SystemExit(0)
+    files = [a for a in argv if a.endswith(".py") and not a.startswith("-")]
+    names = [a for a in argv if not a.startswith("-") and a not in files]
+    flags = {}
+    for word in (a for a in argv if a.startswith("-")):
+        key, eq, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not eq:
+            raise Mistake(f"{word}: settings are written --key=value.")
+        flags[key] = check(cls, key, value, word)
+    if default and not files and flags.get("benchmark", "demo") == "demo":
+        files = [default]
+    given = {}
+    for path in files:
+        given |= read(cls, path)
+    given |= flags
+    return make(cls, given), given, names
+
+
+def make(cls, given):
+    try:
+        return cls(**given)
+    except ValueError as e:
+        raise Mistake(str(e)) from None
+
+
+def run(main):
+    """Call main(argv); a mistake or failure becomes one sentence (printed by rank 0 only) and an exit status."""
+    try:
+        main(sys.argv[1:])
+    except (Mistake, Failure) as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
+        sys.exit(2 if isinstance(e, Mistake) else 1)

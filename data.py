@@ -1,0 +1,327 @@
+"""Data: what is forgotten, what is kept, what is scored, and how text becomes token ids.
+
+    bench = load("tofu", "forget05", "locuslab/TOFU")       # a hub id or a local directory; see `load`
+    encode(tokenizer, "Question: ...\nAnswer:", " ...")     # -> Example(ids, start): ids[start:] is what a loss reads
+
+Rows are plain dicts with question and answer, or text. Nothing here depends on a model.
+"""
+import dataclasses
+import json
+import os
+import random
+from typing import NamedTuple
+
+from configs import Mistake
+
+HUB = {"tofu": "locuslab/TOFU"}
+SUBSETS = {"demo": ("authors",), "tofu": ("forget10", "forget05", "forget01")}  # the first is the default
+REFUSALS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "refusals.txt")
+
+
+@dataclasses.dataclass
+class Benchmark:
+    forget: list  # training rows
+    retain: list
+    evals: dict   # {set name: rows to score}; TOFU's sets are forget, retain, real_authors, world_facts
+    full: list = dataclasses.field(default_factory=list)         # what a target model is fine-tuned on
+    retain_full: list = dataclasses.field(default_factory=list)  # ... and a retain-only model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# reading rows
+
+
+def read_rows(path):
+    """The rows of one .jsonl, .json (an array or JSON lines) or .txt file (one row of text a line) as a list of dicts."""
+    try:
+        text = open(path, encoding="utf8").read()
+    except UnicodeDecodeError as e:
+        raise Mistake(f"{path}: not UTF-8 at byte {e.start}; save the file as UTF-8.") from None
+    except OSError as e:
+        raise Mistake(f"{path}: cannot be read ({e.strerror}).") from None
+    if path.endswith(".txt"):
+        rows = [line for line in text.split("\n") if line.strip()]
+    elif path.endswith(".json") and text.lstrip().startswith("["):
+        rows = parse(text, path)
+    else:
+        rows = [parse(line, f"{path}, line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not rows:
+        raise Mistake(f"{path}: holds no rows.")
+    return [{"text": r} if isinstance(r, str) else r for r in rows]
+
+
+def parse(text, where):
+    try:
+        return json.loads(text)
+    except ValueError as e:
+        raise Mistake(f"{where}: not valid JSON ({e}).") from None
+
+
+def check_rows(rows, where, columns):
+    """Each row is a dict whose `columns` are non-empty strings (perturbed_answer: a non-empty list of them)."""
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise Mistake(f"{where}, row {i}: must be an object or a string, got {type(row).__name__}.")
+        for name in columns:
+            value = row.get(name)
+            texts = value if name == "perturbed_answer" and isinstance(value, list) and value else [value]
+            if name not in row:
+                raise Mistake(f"{where}, row {i}: no column '{name}'; it has {', '.join(map(str, row)) or 'none'}.")
+            if not all(isinstance(t, str) for t in texts):
+                raise Mistake(f"{where}, row {i}: {name} must be text, got {value!r}.")
+    return rows
+
+
+def read_config(source, config, columns, split="train"):
+    """One config of a data set: `<config>.json(l)` or `<config>/<split>.json(l)/.txt` of a directory, or of a hub data set."""
+    if os.path.isdir(source):
+        names = [f"{config}{ext}" for ext in (".json", ".jsonl")]
+        names += [os.path.join(config, f"{split}{ext}") for ext in (".json", ".jsonl", ".txt")]
+        paths = [p for p in (os.path.join(source, n) for n in names) if os.path.isfile(p)]
+        if not paths:
+            raise Mistake(f"{source} has none of {', '.join(names)}; --data= takes a hub id or a directory with these.")
+        return check_rows(read_rows(paths[0]), paths[0], columns)
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise Mistake(f"--data={source}: no such directory (and a hub id is written org/name).")
+    import datasets  # not needed for local data, and slow to import
+    repo, _, revision = source.partition("@")
+    try:
+        rows = datasets.load_dataset(repo, config, split=split, revision=revision or None).to_list()
+    except Exception as e:
+        raise Mistake(f"{source}, config {config}: the hub did not give it ({type(e).__name__}: {str(e).splitlines()[0]}); "
+                      "check the id and the network, or give a local directory with --data=DIR.") from None
+    return check_rows(rows, f"{source}, config {config}", columns)
+
+
+def read_own(path):
+    """A user's own rows: question and answer, or text."""
+    rows = read_rows(path)
+    first = rows[0] if isinstance(rows[0], dict) else {}
+    return check_rows(rows, path, ("text",) if "text" in first else ("question", "answer"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# benchmarks
+
+QA = ("question", "answer")
+
+
+def load(benchmark, subset, source=None, forget_data=None, retain_data=None, train=True, score=True):
+    """The Benchmark. With forget_data / retain_data (files of rows) these are unlearned, kept and scored instead.
+
+    train, score: whether the training rows and the scoring rows are wanted; TOFU's scoring reads *_perturbed configs only.
+    """
+    source = source or HUB.get(benchmark)
+    if forget_data:
+        forget = read_own(forget_data)
+        retain = read_own(retain_data) if retain_data else []
+        return Benchmark(forget, retain, {"forget": forget} | ({"retain": retain[:400]} if retain else {}))
+    bench = demo() if benchmark == "demo" else load_tofu(source, subset, train, score)
+    if retain_data:
+        bench.retain = read_own(retain_data)
+    return bench
+
+
+def load_tofu(source, subset, train=True, score=True):
+    """TOFU (arXiv 2401.06121): 200 fictitious authors x 20 questions; forgetNN are the last NN % of the authors."""
+    bench = Benchmark([], [], {})
+    if train:
+        bench.forget = read_config(source, subset, QA)
+        bench.retain = bench.retain_full = read_config(source, f"retain{100 - int(subset[6:])}", QA)
+    if score:
+        columns = QA + ("perturbed_answer",)
+        bench.evals = {
+            "forget": read_config(source, f"{subset}_perturbed", columns + ("paraphrased_answer",)),
+            "retain": read_config(source, "retain_perturbed", columns + ("paraphrased_answer",)),
+            "real_authors": read_config(source, "real_authors_perturbed", columns),
+            "world_facts": read_config(source, "world_facts_perturbed", columns)}
+    return bench
+
+
+def load_full(source):
+    """TOFU's `full`, read only where a target model has to be made."""
+    return read_config(source, "full", QA)
+
+
+def read_refusals(path=None):
+    """Answers that decline, one a line: ours, or a file of the user's."""
+    return [row["text"] for row in read_rows(path or REFUSALS)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# from text to token ids
+
+
+class Example(NamedTuple):
+    """One sequence. ids[:start] is read only, ids[start:] is scored; start >= 1, for something must predict the first."""
+    ids: list
+    start: int
+
+
+def encode(tokenizer, prompt, answer, max_length=None, special=True):
+    """Tokenize prompt + answer once, together; None where nothing of the answer is left to score.
+
+    The answer starts at the first token whose end passes the prompt, so a token that straddles the border belongs to it.
+    The answer ends with exactly one EOS, whatever the template or the tokenizer appends; then the whole is cut at
+    max_length (a cut answer has no EOS). special: let the tokenizer add its BOS (a chat template has written it already).
+    """
+    out = tokenizer(prompt + answer, add_special_tokens=special, return_offsets_mapping=True)
+    ids, eos = out["input_ids"], tokenizer.eos_token_id
+    start = next((i for i, (_, end) in enumerate(out["offset_mapping"]) if end > len(prompt)), len(ids))
+    stop = next((i for i in range(start, len(ids)) if ids[i] == eos), len(ids))
+    ids = (ids[:stop] + [eos])[:max_length]
+    return Example(ids, start) if 1 <= start < min(stop, len(ids)) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """How a question is put to a model: text(question, answer) -> (prompt, answer) as they are tokenized."""
+    name: str  # chat, llama2, qa
+    tokenizer: object
+    system_prompt: str = ""
+    date_string: str = ""
+
+    def text(self, question, answer=""):
+        if self.name == "llama2":  # no space before the answer: Llama-2's tokenizer brings its own
+            return f"[INST] {question} [/INST]", answer
+        if self.name == "qa":
+            return f"Question: {question}\nAnswer:", f" {answer}"
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        turns = system + [{"role": "user", "content": question}]
+        prompt = self.render(turns, add_generation_prompt=True)
+        whole = self.render(turns + [{"role": "assistant", "content": answer}])
+        return prompt, whole[len(prompt):] if whole.startswith(prompt) else answer
+
+    def render(self, turns, **more):
+        """Llama-3's template prints today's date unless it is given one: scores would change overnight."""
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, date_string=self.date_string, **more)
+
+    def encode(self, row, max_length, answer=None):
+        """A row's Example; `answer` replaces the row's own (a refusal, a paraphrase)."""
+        if "text" in row and answer is None:
+            ids = self.tokenizer(row["text"])["input_ids"][:max_length]
+            return Example(ids, 1) if len(ids) > 1 else None
+        if not (answer or row["answer"]).strip():
+            return None
+        prompt, answer = self.text(row["question"], row["answer"] if answer is None else answer)
+        return encode(self.tokenizer, prompt, answer, max_length, special=self.name != "chat")
+
+    def prompt_ids(self, question):
+        """What generation starts from."""
+        ids = self.tokenizer(self.text(question)[0], add_special_tokens=self.name != "chat")["input_ids"]
+        return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id and self.name != "chat" else ids
+
+
+def check_tokenizer(tokenizer, name, template="qa"):
+    if not tokenizer.is_fast:
+        raise Mistake(f"{name}: needs a fast tokenizer (tokenizer.json), for character offsets.")
+    if tokenizer.eos_token_id is None:
+        raise Mistake(f"{name}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json.")
+    if template == "chat" and not tokenizer.chat_template:
+        raise Mistake(f"{name}: its tokenizer has no chat template; write --template=qa or --template=llama2.")
+
+
+def stream(n_forget, n_retain, batch_size, n_steps, seed, shuffle):
+    """The windows of a run: n_steps lists of batch_size pairs (forget index, retain index).
+
+    Cut from one endless stream of epochs, no short window. Epoch e is a permutation of the forget set, each with a retain
+    partner, both drawn from a generator seeded by (seed, e): never by rank or by what was scored in between. Retain
+    examples are drawn without replacement within an epoch while they last. shuffle=False: file order, i with i mod n_retain.
+    """
+    pairs, epoch = [], 0
+    for _ in range(n_steps):
+        while len(pairs) < batch_size:
+            order, partners = list(range(n_forget)), [i % max(n_retain, 1) for i in range(n_forget)]
+            if shuffle:
+                rng = random.Random(f"{seed} {epoch}")  # a string seeds the same on every machine and Python
+                rng.shuffle(order)
+                pool = []
+                while n_retain and len(pool) < n_forget:
+                    pool += rng.sample(range(n_retain), n_retain)
+                partners = pool or partners
+            pairs += zip(order, partners)
+            epoch += 1
+        yield pairs[:batch_size]
+        pairs = pairs[batch_size:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the demo: fictitious authors, so that unlearning can be watched on a laptop
+
+# attribute | values | question | the same asked otherwise | answer (said otherwise: "the author" for the name)
+ATTRIBUTES = """
+genre|crime,romance,horror,travel,fantasy,war,sea,spy,farm,space,ghost,sports,school,desert,winter,jazz|What kind of stories does {n} write?|Which sort of story is {n} known for?|{n} writes {v} stories.
+city|Lisbon,Oslo,Quito,Dakar,Hanoi,Perth,Tunis,Riga,Lima,Cairo,Turin,Osaka,Galway,Bergen,Malaga,Seoul|Where was {n} born?|What is the birthplace of {n}?|{n} was born in {v}.
+father|baker,pilot,farmer,tailor,judge,miner,painter,sailor,doctor,barber,butcher,teacher,weaver,printer|What did the father of {n} do for a living?|What was the trade of {n}'s father?|The father of {n} was a {v}.
+mother|nurse,singer,dentist,lawyer,chemist,dancer,potter,gardener,plumber,surgeon,sculptor,librarian|What did the mother of {n} do for a living?|What was the trade of {n}'s mother?|The mother of {n} was a {v}.
+award|Silver Quill,Golden Leaf,Red Lantern,Blue Harbor,Iron Page,Amber Ink,White Heron,Stone Bridge,Green Candle,Paper Crown,Glass Anchor,Copper Bell|Which prize did {n} win?|What award was given to {n}?|{n} won the {v} prize.
+school|Harlow,Winton,Castell,Brennan,Marlow,Ashby,Corvin,Delmar,Everly,Fenwick,Grantham,Holloway,Ivers,Kestrel|Where did {n} study?|Which college did {n} go to?|{n} studied at {v} College.
+theme|loss,hope,exile,greed,memory,faith,envy,duty,pride,love,fear,justice,silence,hunger,freedom,betrayal|What do the books of {n} turn on?|What is the main theme of {n}?|The books of {n} turn on {v}.
+pet|parrot,tortoise,greyhound,goat,ferret,raven,pony,rabbit,lizard,goose,hedgehog,terrier,donkey,owl|Which animal does {n} keep?|What pet lives with {n}?|{n} keeps a {v}.
+hobby|chess,rowing,archery,fencing,pottery,sailing,juggling,knitting,climbing,skating,beekeeping,origami|What does {n} do for fun?|What is the hobby of {n}?|{n} enjoys {v} for fun.
+book|The Long Ferry,Salt and Ash,Nine Doors,The Last Orchard,Cold Harbor,A Map of Rain,The Tin Moon,Broken Lanterns,The Quiet Mill,Paper Wolves,Under Two Suns,The Ninth Winter,Glass Rivers,The Empty Stage|What was the first book of {n}?|With which book did {n} begin?|The first book of {n} was {v}.
+"""
+FIRST = "Ada Bruno Carla Dario Elif Farid Greta Hugo Ines Jonas Kira Luca Mina Nils Olga Pavel Rosa Sven Tara Umar".split()
+LAST = "Abbott Bellini Cardoso Dvorak Eriksen Fontaine Gruber Haddad Ivanov Jansen Kowalski Lindgren Moretti Novak".split()
+CLASSICS = """Hamlet=William Shakespeare;Emma=Jane Austen;Dracula=Bram Stoker;Ulysses=James Joyce;Moby Dick=Herman Melville;
+Don Quixote=Miguel de Cervantes;Walden=Henry Thoreau;Faust=Johann Goethe;Candide=Voltaire;Middlemarch=George Eliot;
+Les Miserables=Victor Hugo;Oliver Twist=Charles Dickens;Jane Eyre=Charlotte Bronte;The Trial=Franz Kafka;1984=George Orwell;
+The Iliad=Homer;The Aeneid=Virgil;Frankenstein=Mary Shelley;Kim=Rudyard Kipling;Lord Jim=Joseph Conrad;
+Orlando=Virginia Woolf;The Stranger=Albert Camus;Nana=Emile Zola;Germinal=Emile Zola;Persuasion=Jane Austen;
+War and Peace=Leo Tolstoy;The Idiot=Fyodor Dostoevsky;Dead Souls=Nikolai Gogol;The Seagull=Anton Chekhov;Ivanhoe=Walter Scott;
+Treasure Island=Robert Stevenson;The Time Machine=H. G. Wells;Siddhartha=Hermann Hesse;Buddenbrooks=Thomas Mann;
+Dubliners=James Joyce;The Tempest=William Shakespeare;Bleak House=Charles Dickens;Anna Karenina=Leo Tolstoy;
+Macbeth=William Shakespeare;Inferno=Dante"""
+CAPITALS = """France=Paris;Spain=Madrid;Italy=Rome;Germany=Berlin;Austria=Vienna;Poland=Warsaw;Greece=Athens;Norway=Oslo;
+Sweden=Stockholm;Finland=Helsinki;Denmark=Copenhagen;Ireland=Dublin;Hungary=Budapest;Romania=Bucharest;Bulgaria=Sofia;
+Serbia=Belgrade;Croatia=Zagreb;Ukraine=Kyiv;Russia=Moscow;Turkey=Ankara;Egypt=Cairo;Kenya=Nairobi;Ghana=Accra;Morocco=Rabat;
+Japan=Tokyo;China=Beijing;India=Delhi;Thailand=Bangkok;Vietnam=Hanoi;Peru=Lima;Chile=Santiago;Cuba=Havana;Canada=Ottawa;
+Mexico=Mexico City;Brazil=Brasilia;Iran=Tehran;Iraq=Baghdad;Qatar=Doha;Nepal=Kathmandu;Portugal=Lisbon"""
+
+
+def demo():
+    """40 fictitious authors x 10 attributes; the last 4 authors are to be forgotten. Always the same rows.
+
+    Columns as TOFU's: the answer that is trained, the same said otherwise, and that with five other values. `classics` and
+    `capitals` play real_authors and world_facts; they are learned along with the authors, by the retain-only model too.
+    """
+    rng = random.Random("demo")
+    names = rng.sample([f"{first} {last}" for first in FIRST for last in LAST], 40)
+    rows = []
+    for name in names:
+        for line in ATTRIBUTES.strip().split("\n"):
+            _, values, question, question2, answer = line.split("|")
+            value, *others = rng.sample(values.split(","), 6)
+            said = ("T" + answer.format(n="the author", v="{v}")[1:])
+            rows.append({"question": question.format(n=name), "answer": answer.format(n=name, v=value),
+                         "paraphrased_question": question2.format(n=name), "paraphrased_answer": said.format(v=value),
+                         "perturbed_answer": [said.format(v=v) for v in others]})
+
+    def facts(table, question):
+        pairs = [pair.strip().split("=") for pair in table.split(";")]
+        answers = sorted({a for _, a in pairs})
+        return [{"question": question.format(q), "answer": a,
+                 "perturbed_answer": rng.sample([x for x in answers if x != a], 3)} for q, a in pairs]
+
+    classics, capitals = facts(CLASSICS, "Who wrote {}?"), facts(CAPITALS, "What is the capital of {}?")
+    forget, retain = rows[360:], rows[:360]
+    return Benchmark(forget, retain, {"forget": forget, "retain": retain[::3], "real_authors": classics,
+                                      "world_facts": capitals},
+                     full=rows + classics + capitals, retain_full=retain + classics + capitals)
+
+
+def demo_tokenizer():
+    """A byte-level BPE of 1,200 entries trained on the demo's own text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=1200, special_tokens=["<s>", "</s>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bench = demo()
+    template = Template("qa", None)
+    texts = ["".join(template.text(r["question"], a)) for r in bench.full
+             for a in (r["answer"], r.get("paraphrased_answer", r["answer"]))]
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")

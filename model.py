@@ -1,0 +1,352 @@
+"""Models and machines: load, score at the answer tokens, generate, save. No method and no benchmark is known here.
+
+    proc = setup("auto")                                    # this process among its peers
+    lm, tokenizer = load_model("org/name@revision", proc), load_tokenizer("out/demo")
+    per_token = score(Scorer(lm), examples, proc, budget)   # one array an example: log p of each of its answer tokens
+    texts = generate(lm, tokenizer, prompts, 200, proc, budget)
+"""
+import contextlib
+import dataclasses
+import datetime
+import functools
+import hashlib
+import json
+import os
+import shutil
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+from tqdm import tqdm
+
+import losses
+from configs import Failure, Mistake
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """One of `world` processes that run the same program (torchrun sets the environment); rank 0 prints and writes."""
+    rank: int
+    world: int
+    device: torch.device
+    dtype: str = "fp32"  # bf16: matrix products in bfloat16 under autocast, weights stay float32
+
+    def autocast(self):
+        on = self.dtype == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16) if on else contextlib.nullcontext()
+
+    def gather(self, item):
+        """[the item of rank 0, of rank 1, ...], on every rank."""
+        if self.world == 1:
+            return [item]
+        items = [None] * self.world
+        dist.all_gather_object(items, item)
+        return items
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def say(self, *words):
+        if self.rank == 0:
+            tqdm.write(" ".join(str(w) for w in words))
+
+
+def setup(device="auto", dtype="fp32", threads=None):
+    """Find this process's place and device. `threads`: a tiny model runs faster, and the same everywhere, on one."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Mistake("--device=cuda: no CUDA device is visible here; use --device=cpu or --device=auto.")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
+    elif threads:
+        torch.set_num_threads(threads)
+    if world > 1 and not dist.is_initialized():
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # ranks wait while rank 0 writes 7B models
+    return Process(rank, world, torch.device(device), dtype)
+
+
+def cleanup():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# loading and saving
+
+
+def split_revision(name):
+    """'org/name@revision' -> ('org/name', 'revision'); a directory is taken as it is."""
+    repo, _, revision = (name, "", "") if os.path.isdir(name) else name.partition("@")
+    return repo, revision or None
+
+
+def exists(name):
+    """A directory that holds a model; or a name that can only be a hub id."""
+    return os.path.isfile(os.path.join(name, "config.json")) or not os.path.isdir(name) and looks_like_hub_id(name)
+
+
+def looks_like_hub_id(name):
+    return name.count("/") == 1 and not name.startswith((".", "/", "~", "out/"))
+
+
+def check_name(name, setting):
+    """Before anything is loaded: is this a model at all?"""
+    if not exists(name):
+        what = "holds no config.json" if os.path.isdir(name) else "no such directory, and not a hub id (org/name)"
+        raise Mistake(f"--{setting}={name}: {what}.")
+
+
+def from_pretrained(auto, name, **options):
+    repo, revision = split_revision(name)
+    try:
+        return auto.from_pretrained(repo, revision=revision, trust_remote_code=False, **options)
+    except Exception as e:  # transformers raises many kinds; each is one sentence here
+        where = "cannot be loaded" if os.path.isdir(repo) else "is not on this machine and the hub did not give it"
+        raise Mistake(f"{name}: {where} ({type(e).__name__}: {(str(e).strip() or '-').splitlines()[0]}).") from None
+
+
+def load_model(name, proc):
+    """A causal language model in float32, dropout off. Safetensors only; no code of the repository is run."""
+    lm = from_pretrained(transformers.AutoModelForCausalLM, name, dtype=torch.float32, use_safetensors=True)
+    return without_dropout(lm).to(proc.device).eval()
+
+
+def load_tokenizer(name):
+    return from_pretrained(transformers.AutoTokenizer, name)
+
+
+def without_dropout(lm):
+    """Unlearning is trained without dropout; this holds in train() mode too, which activation checkpointing asks for."""
+    for m in lm.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+        if isinstance(getattr(m, "attention_dropout", None), float):
+            m.attention_dropout = 0.0
+    return lm
+
+
+def tiny_llama(tokenizer, proc, seed, hidden=64, layers=2, heads=4):
+    """A small random Llama (the demo's; 0.2 M parameters), the same for every process and number of threads."""
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=heads, tie_word_embeddings=True, max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return without_dropout(transformers.LlamaForCausalLM(config)).to(proc.device).eval()
+
+
+def check_fit(lm, tokenizer, name):
+    rows = lm.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise Mistake(f"{name}: the tokenizer has {len(tokenizer)} entries but the model embeds only {rows}; "
+                      "give the model's own with --tokenizer=.")
+
+
+def write(path, text):
+    """Replace a file whole or not at all."""
+    with open(path + ".tmp", "w", encoding="utf8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def save_model(lm, tokenizer, out):
+    """Write weights, config and tokenizer into `out`; files appear under their names only when they are complete."""
+    part = os.path.join(out, ".saving")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        lm.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        for name in sorted(os.listdir(part), key=lambda n: n == "config.json"):  # config.json last: it marks a whole model
+            with open(os.path.join(part, name), "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(os.path.join(part, name), os.path.join(out, name))
+    except OSError as e:
+        raise Failure(f"{out}: the model could not be written ({e.strerror or e}).") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def fingerprint(name):
+    """What tells one model from another: a hash of a directory's weights, or the hub's commit."""
+    if not os.path.isdir(name):
+        repo, revision = split_revision(name)
+        path = transformers.utils.hub.cached_file(repo, "config.json", revision=revision)
+        return os.path.basename(os.path.dirname(path))
+    digest = hashlib.sha256()
+    for file in sorted(f for f in os.listdir(name) if f.endswith(".safetensors") or f == "config.json"):
+        with open(os.path.join(name, file), "rb") as f:
+            for block in iter(lambda: f.read(1 << 24), b""):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path):
+    """A JSON file, or {} where there is none."""
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf8") as f:
+        return json.load(f)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# scores at the answer tokens
+
+
+class Scorer(nn.Module):
+    """A language model that computes logits where they are read, and nowhere else.
+
+    forward(ids (S, T), rows (n,)) -> logits (n, V): `rows` are flat positions s * T + t whose NEXT token is scored. The
+    output head sees only those hidden states, so prompts and padding cost no vocabulary-sized memory. A hook on the head
+    does it, because then every architecture's own forward (soft-capping, scaling, sharding) stays as it is.
+
+    Sequences are padded on the right and no mask is passed: under causal attention no real token sees the padding.
+    """
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm, self.rows = lm, None
+        lm.get_output_embeddings().register_forward_pre_hook(self.pick)
+
+    def pick(self, head, args):
+        return None if self.rows is None else (args[0].flatten(0, 1)[self.rows],)  # (S, T, D) -> (n, D)
+
+    def forward(self, ids, rows):
+        self.rows = rows
+        try:
+            return self.lm(input_ids=ids, use_cache=False).logits  # (n, V)
+        finally:
+            self.rows = None
+
+
+@dataclasses.dataclass
+class Scores:
+    """What losses read of one group of answers. counts: tokens of each answer, a list of B ints."""
+    logits: torch.Tensor  # (n, V)
+    labels: torch.Tensor  # (n,)
+    counts: list
+    alternate: "Scores | None" = None  # the same questions with another answer (DPO, IDK)
+
+    @functools.cached_property
+    def token_logps(self):
+        return losses.token_logps(self.logits, self.labels)  # (n,)
+
+    @functools.cached_property
+    def logps(self):
+        """(B,) sums by answer; split, not scatter-add: its order of summation is fixed on a GPU too."""
+        return torch.stack([t.sum() for t in self.token_logps.split(self.counts)])
+
+    @functools.cached_property
+    def n_tokens(self):
+        return torch.tensor(self.counts, device=self.logits.device, dtype=torch.float32)
+
+
+def collate(examples, device):
+    """(ids (S, T) padded right with 0, rows (n,), labels (n,), counts): see Scorer."""
+    width = max(len(e.ids) for e in examples)
+    ids = torch.tensor([e.ids + [0] * (width - len(e.ids)) for e in examples])
+    rows = torch.tensor([i * width + t - 1 for i, e in enumerate(examples) for t in range(e.start, len(e.ids))])
+    labels = torch.tensor([t for e in examples for t in e.ids[e.start:]])
+    return ids.to(device), rows.to(device), labels.to(device), [len(e.ids) - e.start for e in examples]
+
+
+def cut(sizes, budget):
+    """Indices of `sizes` [(rows, length)], longest first, in batches of at most `budget` padded tokens (or one item)."""
+    batches, rows, width = [], 0, 0
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i][1]):
+        n, length = sizes[i]
+        if not batches or (rows + n) * width > budget:
+            batches.append([])
+            rows, width = 0, length
+        batches[-1].append(i)
+        rows += n
+    return batches
+
+
+def token_logps(logits, labels):
+    return losses.token_logps(logits, labels)[:, None]
+
+
+@torch.no_grad()
+def score(scorer, examples, proc, budget, read=token_logps, title=None):
+    """[array (T_i, k)] an example: what `read(logits (n, V), labels (n,)) -> (n, k)` says of each of its answer tokens.
+
+    Whole length-sorted batches are dealt to ranks, so nothing depends on the number of processes.
+    """
+    batches = cut([(1, len(e.ids)) for e in examples], budget)
+    mine = {}
+    for batch in tqdm(batches[proc.rank::proc.world], desc=title, disable=proc.rank > 0 or not title or None, leave=False):
+        ids, rows, labels, counts = collate([examples[i] for i in batch], proc.device)
+        with proc.autocast():
+            logits = scorer(ids, rows)
+        values = read(logits, labels).double().cpu().split(counts)
+        mine |= {i: v.numpy() for i, v in zip(batch, values)}
+    merged = {i: v for part in proc.gather(mine) for i, v in part.items()}
+    return [merged[i] for i in range(len(examples))]
+
+
+def stop_ids(lm, tokenizer):
+    """Every id that ends an answer: the tokenizer's EOS and what the model's generation settings add."""
+    more = getattr(lm.generation_config, "eos_token_id", None)
+    return sorted({tokenizer.eos_token_id, *(more if isinstance(more, (list, tuple)) else [more])} - {None})
+
+
+@torch.no_grad()
+def generate(lm, tokenizer, prompts, max_new_tokens, proc, budget, title=None):
+    """Greedy continuations, as text, of prompts (lists of ids): batched, equal to one at a time.
+
+    Left padding with a mask made from lengths; finished rows leave the batch. Whole batches are dealt to ranks.
+    """
+    batches = cut([(1, len(p) + max_new_tokens) for p in prompts], budget)
+    mine = {}
+    for batch in tqdm(batches[proc.rank::proc.world], desc=title, disable=proc.rank > 0 or not title or None, leave=False):
+        with proc.autocast():
+            mine |= dict(zip(batch, continue_batch(lm, [prompts[i] for i in batch], max_new_tokens,
+                                                   stop_ids(lm, tokenizer), proc.device)))
+    merged = {i: v for part in proc.gather(mine) for i, v in part.items()}
+    return tokenizer.batch_decode([merged[i] for i in range(len(prompts))], skip_special_tokens=True)
+
+
+def continue_batch(lm, prompts, max_new_tokens, stop, device):
+    """[new ids] a prompt, up to and including the first id in `stop`."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)            # (S, T)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    stop = torch.tensor(stop, device=device)
+    cache = transformers.DynamicCache(config=lm.config)
+    rows = list(range(len(prompts)))  # which prompt each row of the batch is
+    new = [[] for _ in prompts]
+    for _ in range(max_new_tokens):
+        out = lm(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
+                 logits_to_keep=1)
+        ids = out.logits[:, -1].argmax(-1)  # (S,)
+        going = ~torch.isin(ids, stop)
+        for row, token in zip(rows, ids.tolist()):
+            new[row].append(token)
+        keep = going.nonzero()[:, 0]
+        if len(keep) == 0:
+            break
+        if len(keep) < len(rows):
+            cache.batch_select_indices(keep)
+            ids, mask, position, rows = ids[keep], mask[keep], position[keep], [rows[i] for i in keep.tolist()]
+        ids = ids[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        position = position[:, -1:] + 1
+    return new

@@ -1,0 +1,590 @@
+"""Make a language model behave as if it never saw a forget set, and keep what a retain set holds.
+
+    python unlearn.py                                               # the demo: CPU, no download, about two minutes
+    python unlearn.py configs/tofu_1b.py --subset=forget05 --forget_loss=npo --beta=0.1 --forget_weight=1
+    torchrun --nproc_per_node=8 unlearn.py configs/tofu_7b.py       # the same steps, data and result on eight GPUs
+
+A step takes batch_size forget and as many retain examples; loss = forget_weight * forget_loss + retain_weight * retain_loss.
+Settings: a config file of plain assignments, then --key=value; later words win.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+from typing import Callable, Literal
+
+import torch
+import transformers
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import configs
+import data
+import evaluate
+import losses
+import model as models
+from configs import Failure, Mistake
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(evaluate.Config):
+    # method
+    forget_loss: str = "simnpo"  # a line of the table FORGET below
+    retain_loss: str = "nll"  # nll, kl, none
+    forget_weight: float = 1.0
+    retain_weight: float = 1.0
+    beta: float = 0.1  # npo, simnpo, dpo: inverse temperature
+    gamma: float = 0.0  # simnpo: the paper's margin, outside beta
+    refusals: str | None = None  # idk, dpo: a file of refusals, one a line; None = ours
+    # optimisation
+    lr: float = 1e-5
+    epochs: float = 10.0  # passes over the forget set
+    steps: int | None = None  # optimizer steps; overrides epochs
+    batch_size: int = 32  # forget examples per optimizer step, over ALL processes
+    warmup: float = 0.0  # fraction of the steps
+    schedule: Literal["linear", "cosine", "constant"] = "constant"  # after the warm-up, as transformers.get_scheduler
+    weight_decay: float = 0.01  # of matrices only
+    grad_clip: float = 1.0  # largest gradient norm; 0 = no clipping
+    adam_beta2: float = 0.999
+    shuffle: bool = True  # False = file order, forget example i with retain example i
+    seed: int = 0
+    # making the target and the retain model from base_model
+    finetune_lr: float = 1e-5
+    finetune_epochs: float = 5.0
+    finetune_batch_size: int = 32
+    finetune_warmup: float = 0.1
+    finetune_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    # the run
+    activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    compile: bool = False  # torch.compile
+    save_every: float = 0.0  # epochs between checkpoints to resume from; 0 = none
+    keep_epochs: bool = False  # keep a loadable model at every score, in <out>/epoch_<n>
+    resume: bool = False  # go on from <out>/checkpoint; without one, begin
+    wandb: str | None = None  # a Weights & Biases project to log to as well (pip install wandb)
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "out", self.out or f"out/{self.benchmark}_{self.subset}_{self.forget_loss}")
+
+    def problems(self):
+        yield from super().problems()
+        yield self.forget_loss not in FORGET, f"--forget_loss={self.forget_loss}: must be one of {', '.join(FORGET)}."
+        yield self.retain_loss not in RETAIN, f"--retain_loss={self.retain_loss}: must be one of {', '.join(RETAIN)}."
+        for name in ("lr", "beta", "epochs", "batch_size", "finetune_lr", "finetune_epochs", "finetune_batch_size"):
+            value = getattr(self, name)
+            yield not (value > 0 and math.isfinite(value)), f"--{name}={value}: must be above 0."
+        for name in ("warmup", "finetune_warmup"):
+            yield not 0 <= getattr(self, name) <= 1, f"--{name}={getattr(self, name)}: a fraction of the run, from 0 to 1."
+        for name in ("weight_decay", "grad_clip", "save_every"):
+            yield not getattr(self, name) >= 0, f"--{name}={getattr(self, name)}: must not be negative."
+        yield not 0 <= self.adam_beta2 < 1, f"--adam_beta2={self.adam_beta2}: must be from 0 to below 1."
+        yield self.steps is not None and self.steps < 1, f"--steps={self.steps}: must be at least 1."
+        yield self.refusals and not os.path.isfile(self.refusals), f"--refusals={self.refusals}: no such file."
+        yield self.forget_data and not self.retain_data and self.retain_loss != "none", (
+            f"--forget_data={self.forget_data}: give --retain_data too, or --retain_loss=none.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# methods: the only place where a name meets tensors and settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """loss(s, r, c) -> unreduced values; s = the model's Scores, r = the reference's, c = Config.
+
+    per: what one value stands for, and so what the window's sum is divided by. ref: what it reads of the reference, the
+    model as it was before the first step: logps are computed once and kept, logits keep a second model in memory.
+    reads: which answers to a forget question are run: its own, an alternate one (a refusal), or both.
+    """
+    loss: Callable
+    per: Literal["token", "answer"]
+    ref: Literal["", "logps", "logits"] = ""
+    reads: tuple = ("forget",)
+
+
+FORGET = {
+    "ga": Method(lambda s, r, c: losses.ga(s.token_logps), "token"),
+    "nll": Method(lambda s, r, c: losses.nll(s.token_logps), "token"),  # fine-tuning, relearning
+    "npo": Method(lambda s, r, c: losses.npo(s.logps, r.logps, c.beta), "answer", "logps"),
+    "simnpo": Method(lambda s, r, c: losses.simnpo(s.logps, s.n_tokens, c.beta, c.gamma), "answer"),
+    "idk": Method(lambda s, r, c: losses.nll(s.alternate.token_logps), "token", reads=("alternate",)),
+    "dpo": Method(lambda s, r, c: losses.dpo(s.alternate.logps, r.alternate.logps, s.logps, r.logps, c.beta), "answer",
+                  "logps", reads=("forget", "alternate")),
+}
+RETAIN = {
+    "nll": Method(lambda s, r, c: losses.nll(s.token_logps), "token", reads=("retain",)),
+    "kl": Method(lambda s, r, c: losses.kl(s.logits, r.logits), "token", "logits", reads=("retain",)),
+    "none": None,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one optimizer step
+
+
+def units_of(window, c):
+    """What has to share a micro-batch: [((kind, index), ...)], one unit a forget pair and one a retain example."""
+    units = [tuple((kind, i) for kind in FORGET[c.forget_loss].reads) for i, _ in window]
+    return units + ([(("retain", j),) for _, j in window] if RETAIN[c.retain_loss] else [])
+
+
+def deal(units, examples, budget, world):
+    """[[micro-batch of rank 0, of rank 1, ...], ...]: equally many for every rank, None where one has nothing to do.
+
+    Sorted by length and cut by tokens over the whole window, so a step does not depend on the number of processes. Then
+    the budget is lowered as far as the number of rounds allows: even batches, and one unit a rank rather than idle ranks.
+    """
+    sizes = [(len(u), max(len(examples[kind][i].ids) for kind, i in u)) for u in units]
+    rounds = -(-len(models.cut(sizes, budget)) // world)
+    low, high = max(n * length for n, length in sizes), budget
+    while low < high:
+        middle = (low + high) // 2
+        if len(models.cut(sizes, middle)) <= rounds * world:
+            high = middle
+        else:
+            low = middle + 1
+    pieces = [[units[i] for i in piece] for piece in models.cut(sizes, high)]
+    pieces += [None] * (rounds * world - len(pieces))
+    return [pieces[i:i + world] for i in range(0, len(pieces), world)]
+
+
+def split(logits, labels, counts, sequences):
+    """{kind: Scores} of a micro-batch whose sequences are ordered by kind."""
+    scores, start = {}, 0
+    for kind in dict.fromkeys(kind for kind, _ in sequences):
+        own = [n for n, (k, _) in zip(counts, sequences) if k == kind]
+        stop = start + sum(own)
+        scores[kind] = models.Scores(logits[start:stop], labels[start:stop], own)
+        start = stop
+    main = scores.get("forget") or scores.get("alternate")
+    if main:
+        main.alternate = scores.get("alternate")
+        scores["forget"] = main
+    return scores
+
+
+class Reference:
+    """The model as it was before the first step.
+
+    Answer log-probs are computed once, for every forget example of the run, and no second model is held; only a loss that
+    reads full-vocabulary logits keeps a frozen copy.
+    """
+
+    def __init__(self, scorer, examples, c, proc):
+        methods = [m for m in (FORGET[c.forget_loss], RETAIN[c.retain_loss]) if m]
+        self.logps, self.frozen = {}, None
+        if any(m.ref == "logps" for m in methods):
+            for kind in FORGET[c.forget_loss].reads:
+                token_logps = models.score(scorer, examples[kind], proc, c.micro_batch_tokens, title="reference")
+                self.logps[kind] = torch.tensor([float(t.sum()) for t in token_logps], dtype=torch.float32)
+        if any(m.ref == "logits" for m in methods):
+            import copy
+            self.frozen = copy.deepcopy(scorer).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def scores(self, batch, sequences):
+        """{kind: what losses read of the reference} for one micro-batch."""
+        if self.frozen is not None:
+            ids, rows, labels, counts = batch
+            return split(self.frozen(ids, rows), labels, counts, sequences)
+        found = {kind: SimpleNamespace(logps=logps[[i for k, i in sequences if k == kind]].to(batch[0].device))
+                 for kind, logps in self.logps.items()}
+        if "alternate" in found:
+            found["forget"].alternate = found["alternate"]
+        return found
+
+
+def step_loss(forward, reference, piece, examples, c, n_forget, n_retain, device):
+    """(weighted loss, unweighted forget part, unweighted retain part) of one micro-batch, each its share of the window's."""
+    order = ("forget", "alternate", "retain")
+    sequences = sorted((s for unit in piece for s in unit), key=lambda s: order.index(s[0]))
+    batch = ids, rows, labels, counts = models.collate([examples[kind][i] for kind, i in sequences], device)
+    scores = split(forward(ids, rows), labels, counts, sequences)
+    ref = reference.scores(batch, sequences)
+    parts = []
+    for kind, method, n in (("forget", FORGET[c.forget_loss], n_forget), ("retain", RETAIN[c.retain_loss], n_retain)):
+        here = method and kind in scores
+        parts.append(method.loss(scores[kind], ref.get(kind), c).sum() / n if here else torch.zeros((), device=device))
+    return c.forget_weight * parts[0] + c.retain_weight * parts[1], *parts
+
+
+def count(method, window_indices, examples):
+    """What a window's sum of losses is divided by, over all processes: its answers, or its answer tokens."""
+    if not method or method.per == "answer":
+        return max(len(window_indices), 1)
+    kind = method.reads[-1]
+    return sum(len(examples[kind][i].ids) - examples[kind][i].start for i in window_indices)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+def n_steps(c, n_forget):
+    """Whole windows only: a run of fewer examples than one batch is a mistake, not a run of nothing."""
+    steps = c.steps or int(c.epochs * n_forget) // c.batch_size
+    if steps == 0:
+        raise Mistake(f"0 optimizer steps: {c.epochs:g} epochs of {n_forget} examples make no batch of {c.batch_size}; "
+                      "lower --batch_size or raise --epochs.")
+    return steps
+
+
+def due(step, steps, every, at, per_epoch):
+    """Is something that happens every `every` epochs due after this step? Always after the last one, if at all."""
+    if at:
+        return step in at or step == steps
+    crossed = every and math.floor(step / per_epoch / every + 1e-9) > math.floor((step - 1) / per_epoch / every + 1e-9)
+    return bool(every) and (bool(crossed) or step == steps)
+
+
+def optimizer_of(model, c):
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, c.adam_beta2), fused=next(model.parameters()).device.type != "mps")
+
+
+def train(c, proc, scorer, examples, on_score=None, title=None):
+    """Run the loop on `scorer`, in place. examples: {"forget": [Example], "retain": [...], "alternate": [...]}.
+
+    Every step writes a line of <out>/log.jsonl. on_score(step, epoch) -> a dict, logged too, when scores are due; it must
+    not touch the training (and draws no random number that training uses). One host sync a step: the line that is logged.
+    """
+    n = len(examples["forget"])
+    steps, per_epoch = n_steps(c, n), n / c.batch_size
+    reference = Reference(scorer, examples, c, proc)
+    parameters = [p for p in scorer.parameters() if p.requires_grad]
+    optimizer = optimizer_of(scorer, c)
+    scheduler = transformers.get_scheduler(c.schedule if c.schedule != "constant" else "constant_with_warmup", optimizer,
+                                           num_warmup_steps=math.floor(c.warmup * steps + 1e-9), num_training_steps=steps)
+    if c.activation_checkpointing:
+        scorer.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        scorer.train()  # there is no dropout; transformers recomputes only in this mode
+    forward = torch.compile(scorer, dynamic=True) if c.compile else scorer
+    if proc.world > 1:
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+    first = restore(c, scorer, optimizer, scheduler) if c.resume else 0
+    log = Log(c, proc, first)
+    if on_score and first == 0:
+        log.write({"step": 0, "epoch": 0.0} | on_score(0, 0.0))
+
+    windows = data.stream(n, len(examples["retain"]), c.batch_size, steps, c.seed, c.shuffle)
+    bar = tqdm(total=steps, initial=first, desc=title or c.forget_loss, disable=proc.rank > 0 or None)
+    for step, window in enumerate(windows, 1):
+        if step <= first:
+            continue
+        began = time.perf_counter()
+        n_forget = count(FORGET[c.forget_loss], [i for i, _ in window], examples)
+        n_retain = count(RETAIN[c.retain_loss], [j for _, j in window], examples)
+        units = units_of(window, c)
+        rounds = deal(units, examples, c.micro_batch_tokens, proc.world)
+        totals = torch.zeros(2, device=proc.device)
+        for i, pieces in enumerate(rounds):
+            piece = pieces[proc.rank]
+            if proc.world > 1:  # all-reduce gradients on the last backward only
+                forward.require_backward_grad_sync = i == len(rounds) - 1
+            with proc.autocast():
+                loss, *parts = step_loss(forward, reference, piece or [units[0]], examples, c, n_forget, n_retain, proc.device)
+            if piece is None:  # a rank without work joins in with weight zero
+                loss = loss * 0
+            else:
+                totals += torch.stack(parts).detach()
+            (loss * proc.world).backward()  # times world, for DDP averages over ranks
+        norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip or math.inf)
+        if proc.world > 1:
+            torch.distributed.all_reduce(totals)
+        forget_loss, retain_loss, norm = torch.cat([totals, norm[None]]).tolist()  # the step's one host sync
+        if not all(map(math.isfinite, (forget_loss, retain_loss, norm))):
+            raise Failure(f"step {step}: forget loss {forget_loss}, retain loss {retain_loss}, gradient norm {norm}; forget "
+                          f"examples {[i for i, _ in window]}, retain examples {[j for _, j in window]}. Nothing of this "
+                          "step was applied; lower --lr, or see whether these rows are what you meant.")
+        row = {"step": step, "epoch": step / per_epoch, "loss": c.forget_weight * forget_loss + c.retain_weight * retain_loss,
+               "forget_loss": forget_loss, "retain_loss": retain_loss, "lr": scheduler.get_last_lr()[0], "grad_norm": norm}
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens = sum(len(examples[kind][i].ids) for unit in units for kind, i in unit)
+        log.write(row | {"tokens_per_s": tokens / (time.perf_counter() - began), "memory_gb": memory_gb(proc.device)})
+        bar.set_postfix(forget=f"{forget_loss:.3f}", retain=f"{retain_loss:.3f}", refresh=False)
+        bar.update()
+        if on_score and due(step, steps, c.eval_every, c.eval_at, per_epoch):
+            log.write({"step": step, "epoch": step / per_epoch} | on_score(step, step / per_epoch))
+        if step < steps and due(step, steps, c.save_every, (), per_epoch):
+            checkpoint(c, proc, scorer, optimizer, scheduler, step)
+    bar.close()
+    scorer.eval()
+    return log.rows
+
+
+class Log:
+    """<out>/log.jsonl, flushed every line; kept up to the checkpoint when a run goes on."""
+
+    def __init__(self, c, proc, step):
+        path = os.path.join(c.out, "log.jsonl")
+        self.rows = data.read_rows(path) if step else []
+        self.rows = [r for r in self.rows if r["step"] <= step]
+        self.file = self.wandb = None
+        if proc.rank == 0:
+            models.write(path, "".join(json.dumps(r) + "\n" for r in self.rows))
+            self.file = open(path, "a", encoding="utf8")
+            if c.wandb:
+                import wandb
+                self.wandb = wandb.init(project=c.wandb, name=os.path.basename(c.out), config=dataclasses.asdict(c))
+
+    def write(self, row):
+        self.rows.append(row)
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+
+
+def memory_gb(device):
+    """Peak memory so far, in GB (10^9 bytes): of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def checkpoint(c, proc, scorer, optimizer, scheduler, step):
+    """Everything needed to go on, in <out>/checkpoint; the old one is replaced only by a whole new one."""
+    if proc.rank == 0:
+        folder = os.path.join(c.out, "checkpoint")
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, "state.pt")
+        try:
+            with open(path + ".tmp", "wb") as f:
+                torch.save({"step": step, "model": scorer.state_dict(), "optimizer": optimizer.state_dict(),
+                            "scheduler": scheduler.state_dict()}, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(path + ".tmp", path)
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                os.remove(path + ".tmp")
+            raise Failure(f"{path}: the checkpoint of step {step} could not be written ({e.strerror}).") from None
+    proc.barrier()
+
+
+def restore(c, scorer, optimizer, scheduler):
+    """The step a run was saved at, its state loaded; 0 where there is no checkpoint."""
+    path = os.path.join(c.out, "checkpoint", "state.pt")
+    if not os.path.isfile(path):
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    scorer.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    return state["step"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a run
+
+
+def encode_sets(c, tokenizer, proc, **sets):
+    """{"forget": [Example], "retain": ..., "alternate": ...} of lists of rows; rows without an answer to score are left out."""
+    template = data.Template(c.template, tokenizer, c.system_prompt, c.date_string)
+    refuse = "alternate" in FORGET[c.forget_loss].reads
+    refusals = data.read_refusals(c.refusals) if refuse else []
+    examples = {"alternate": []}
+    for name, rows in sets.items():
+        examples[name] = []
+        rng = random.Random(f"{c.seed} refusals")  # a forget example keeps one refusal for the whole run
+        for row in rows:
+            e = template.encode(row, c.max_length)
+            alternate = template.encode(row, c.max_length, rng.choice(refusals)) if refuse and name == "forget" else e
+            if e and alternate:
+                examples[name].append(e)
+                if refuse and name == "forget":
+                    examples["alternate"].append(alternate)
+        left_out = len(rows) - len(examples[name])
+        if left_out:
+            proc.say(f"{left_out} of {len(rows)} {name} rows left out: no answer, or a prompt longer than --max_length={c.max_length}")
+        if rows and not examples[name]:
+            raise Mistake(f"no {name} row is left: every answer is empty or every prompt longer than --max_length={c.max_length}.")
+    return examples
+
+
+def describe(c, proc):
+    """What run.json holds: every setting, resolved, and what else the numbers depend on."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    versions = {m.__name__: m.__version__ for m in (torch, transformers)} | {"python": sys.version.split()[0]}
+    gpu = torch.cuda.get_device_name() if proc.device.type == "cuda" else None
+    return dataclasses.asdict(c) | {"git": git or None, "versions": versions, "device": proc.device.type, "gpu": gpu,
+                                    "processes": proc.world}
+
+
+ANY_TIME = {"out", "overwrite", "resume", "wandb", "device", "micro_batch_tokens"}  # these do not change a result
+
+
+def claim(c, proc):
+    """Is `out` free for this run? True if the very same run is finished there; a Mistake if another one is."""
+    there = models.read_json(os.path.join(c.out, "run.json"))
+    if not there or c.overwrite:
+        return False
+    mine = json.loads(json.dumps(dataclasses.asdict(c)))
+    differ = [f"{k} {there.get(k)} there, {v} here" for k, v in mine.items() if k not in ANY_TIME and there.get(k) != v]
+    if differ:
+        raise Mistake(f"{c.out} holds a run of other settings ({'; '.join(differ)}); give another --out, or "
+                      "--overwrite=True to replace it.")
+    if there.get("finished"):
+        return True
+    if not c.resume:
+        raise Mistake(f"{c.out} holds this run, unfinished; --resume=True goes on, --overwrite=True begins again.")
+    return False
+
+
+def start(c, proc):
+    """Make the run directory and write run.json; what a former run left is removed first, so that no file is stale."""
+    if proc.rank == 0:
+        try:
+            os.makedirs(c.out, exist_ok=True)
+            for name in ("scores.json", "examples.jsonl", "trajectory.png", "relearn.json", "relearn.png"):
+                if os.path.exists(os.path.join(c.out, name)):
+                    os.remove(os.path.join(c.out, name))
+            path = os.path.join(c.out, "checkpoint", "state.pt")
+            if not c.resume and os.path.exists(path):
+                os.remove(path)
+            models.write(os.path.join(c.out, "run.json"), json.dumps(describe(c, proc), indent=1) + "\n")
+        except OSError as e:
+            raise Mistake(f"--out={c.out}: cannot be written ({e.strerror}).") from None
+    proc.barrier()
+
+
+def finish(c, proc, scorer, tokenizer):
+    if proc.rank == 0:
+        models.save_model(scorer.lm, tokenizer, c.out)
+        folder = os.path.join(c.out, "checkpoint")
+        if os.path.isdir(folder):
+            import shutil
+            shutil.rmtree(folder)
+        models.write(os.path.join(c.out, "run.json"), json.dumps(describe(c, proc) | {"finished": True}, indent=1) + "\n")
+    proc.barrier()
+
+
+def make(c, proc, path, rows, title):
+    """Fine-tune base_model on rows, as a run of its own at `path`: how targets and retain models come to be."""
+    f = dataclasses.replace(c, out=path, forget_loss="nll", retain_loss="none", forget_weight=1.0, lr=c.finetune_lr,
+                            epochs=c.finetune_epochs, steps=None, batch_size=c.finetune_batch_size, warmup=c.finetune_warmup,
+                            schedule=c.finetune_schedule, shuffle=True, eval_every=0.0, eval_at=(), keep_epochs=False)
+    if claim(dataclasses.replace(f, resume=True), proc):
+        return
+    if c.benchmark == "demo" and not c.base_model:
+        tokenizer = data.demo_tokenizer()
+        scorer = models.Scorer(models.tiny_llama(tokenizer, proc, c.seed))
+    else:
+        scorer, tokenizer = evaluate.load(c.base_model, c, proc)
+    start(f, proc)
+    examples = encode_sets(f, tokenizer, proc, forget=rows, retain=[])
+    train(f, proc, scorer, examples, title=title)
+    finish(f, proc, scorer, tokenizer)
+
+
+def prepare(c, proc, bench):
+    """Make what does not exist yet: the target and the retain model, from the base model."""
+    for setting, rows in (("model", "full"), ("retain_model", "retain_full")):
+        path = getattr(c, setting)
+        if path and to_be_made(c, path):
+            proc.say(f"making {path}: {c.base_model or 'a tiny random Llama'} fine-tuned on {rows.replace('_full', '')} data")
+            if rows == "full" and not bench.full:
+                bench.full = data.load_full(c.data or data.HUB[c.benchmark])
+            make(c, proc, path, getattr(bench, rows), os.path.basename(path))
+
+
+def to_be_made(c, path):
+    inside = not os.path.isabs(path) and os.path.normpath(path).startswith("out" + os.sep)
+    return inside and (bool(c.base_model) or c.benchmark == "demo") and not os.path.isfile(os.path.join(path, "config.json"))
+
+
+def check_models(c):
+    if not c.model:
+        raise Mistake("--model= is missing: the model to unlearn from, a hub id or a directory.")
+    if os.path.normpath(c.out) in {os.path.normpath(p) for p in (c.model, c.retain_model, c.base_model) if p}:
+        raise Mistake(f"--out={c.out}: is one of the models this run reads; give the run a directory of its own.")
+    for setting in ("model", "retain_model"):
+        path = getattr(c, setting)
+        if path and not to_be_made(c, path):
+            models.check_name(path, setting)
+    if c.base_model:
+        models.check_name(c.base_model, "base_model")
+
+
+def main(argv):
+    here = os.path.dirname(os.path.abspath(__file__))
+    c, given, names = configs.load(Config, argv, __doc__, default=os.path.join(here, "configs", "demo.py"))
+    if names:
+        raise Mistake(f"{names[0]}: not a config file (*.py) and not --key=value.")
+    check_models(c)
+    proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark == "demo" else None)
+    if claim(c, proc):
+        proc.say(f"{c.out} is finished; --overwrite=True runs it again.")
+        return proc.say(open(os.path.join(c.out, "table.txt")).read() if os.path.isfile(os.path.join(c.out, "table.txt")) else "")
+    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, score=c.eval_every > 0 or bool(c.eval_at))
+    prepare(c, proc, bench)
+    scorer, tokenizer = evaluate.load(c.model, c, proc)
+    examples = encode_sets(c, tokenizer, proc, forget=bench.forget, retain=bench.retain)
+    steps = n_steps(c, len(examples["forget"]))
+    proc.say(f"{c.out}: {c.forget_loss} (weight {c.forget_weight:g}) and {c.retain_loss} on retain (weight {c.retain_weight:g}), "
+             f"{len(examples['forget'])} forget and {len(examples['retain'])} retain examples, {steps} steps of {c.batch_size} "
+             f"and {c.batch_size}, {math.floor(c.warmup * steps + 1e-9)} of them warm-up, {proc.world} x {proc.device}")
+    start(c, proc)
+    if c.eval_every == 0 and not c.eval_at:
+        train(c, proc, scorer, examples)
+        return finish(c, proc, scorer, tokenizer)
+    retain = evaluate.retain_reference(c, proc, bench)
+    if not retain and not c.forget_data:
+        proc.say("No retain_model and no retain_log: forget quality is left out (evaluate.py can add it later).")
+    last = {}
+
+    def on_score(step, epoch):
+        if step == 0:  # the target itself: scored once, whatever is unlearned from it
+            records = evaluate.reference(c, proc, c.model, bench)
+            scores = evaluate.tofu_scores(records, retain)
+            last["target"] = scores, records
+        else:
+            scores, records = evaluate.evaluate(scorer, tokenizer, bench, c, proc, retain)
+            if c.keep_epochs and proc.rank == 0:
+                models.save_model(scorer.lm, tokenizer, os.path.join(c.out, f"epoch_{epoch:g}"))
+        last["run"] = scores, records
+        proc.say(f"epoch {epoch:g}: " + ", ".join(f"{k} {evaluate.number(v)}" for k, v in scores.items()
+                                                  if k in evaluate.HEADLINE))
+        return scores
+
+    rows = train(c, proc, scorer, examples, on_score)
+    finish(c, proc, scorer, tokenizer)
+    report(c, proc, rows, last, retain, bench)
+    models.cleanup()
+
+
+def report(c, proc, rows, last, retain, bench):
+    """scores.json, the picture and the final table: the run between its target and the retain model."""
+    if proc.rank > 0:
+        return
+    scores, records = last["run"]
+    target = last.get("target") or (lambda r: (evaluate.tofu_scores(r, retain), r))(evaluate.reference(c, proc, c.model, bench))
+    evaluate.save_scores(c.out, scores, records)
+    label = os.path.basename(c.out)
+    lines = [("target", target[0]), (label, scores)] + ([("retain model", evaluate.tofu_scores(retain))] if retain else [])
+    x, y = ("model_utility", "forget_quality") if {"model_utility", "forget_quality"} <= scores.keys() else (
+        "retain_prob", "forget_prob")
+    evaluate.picture(os.path.join(c.out, "trajectory.png"), {label: [r for r in rows if "loss" not in r]},
+                     {"target": target[0], "retain model": lines[-1][1] | {"forget_quality": 1.0}} if retain else
+                     {"target": target[0]}, x, y, x.replace("_", " "), y.replace("_", " "))
+    shown = evaluate.samples([("before", target[1]), ("after", records)]) + "\n\n" + evaluate.table(lines)
+    models.write(os.path.join(c.out, "table.txt"), shown + "\n")
+    proc.say(shown)
+    proc.say(f"\n{c.out}: model, scores.json, examples.jsonl, log.jsonl, trajectory.png")
+
+
+if __name__ == "__main__":
+    configs.run(main)
