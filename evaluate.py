@@ -469,12 +469,7 @@ def main(argv):
         raise Mistake("forget quality needs a model that never saw the forget set: give --retain_model=MODEL or "
                       "--retain_log=LOG (evaluate.py of a retain model writes one, examples.jsonl).")
     labels = name_runs(names)
-    places = {}  # where each model's scores go
-    for name in names:
-        run = os.path.isfile(os.path.join(name, "run.json"))
-        several = os.path.join(given.get("out", ""), labels[name])
-        places[name] = (name if run else os.path.join("out", labels[name])) if "out" not in given else (
-            several if len(names) > 1 else given["out"])
+    places = {name: place(name, labels, given, len(names)) for name in names}
     c = dataclasses.replace(c, out=places[names[0]])
     proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark == "demo" else None)
     if question:
@@ -508,6 +503,13 @@ def name_runs(names):
     """{name: a short label}; the whole path where two end alike."""
     short = {n: os.path.basename(os.path.normpath(n)).removesuffix(".json").removesuffix(".jsonl") for n in names}
     return {n: s if list(short.values()).count(s) == 1 else n.strip("/").replace("/", "_") for n, s in short.items()}
+
+
+def place(name, labels, given, several):
+    """The directory that a model's scores go to: its own run directory, else out/<label>; below --out where that is given."""
+    if given.get("out"):
+        return os.path.join(given["out"], labels[name]) if several > 1 else given["out"]
+    return os.path.normpath(name) if os.path.isfile(os.path.join(name, "run.json")) else os.path.join("out", labels[name])
 
 
 def same(name, other):

@@ -99,7 +99,7 @@ def dpo(
     return -2 / beta * F.logsigmoid(beta * (win - lose))
 
 
-# One value a token: gradient ascent, and with weights that carry no gradient
+# One value a token: gradient ascent, plain and with weights that carry no gradient
 
 
 def ga(token_logps: Tensor) -> Tensor:

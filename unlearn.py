@@ -268,7 +268,7 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
         scorer.train()  # there is no dropout; transformers recomputes only in this mode
     forward = torch.compile(scorer, dynamic=True) if c.compile else scorer
     if proc.world > 1:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, broadcast_buffers=False)
     first = restore(c, scorer, optimizer, scheduler) if c.resume else 0
     log = Log(c, proc, first)
     if on_score and first == 0:
@@ -391,19 +391,23 @@ def restore(c, scorer, optimizer, scheduler):
 
 
 def encode_sets(c, tokenizer, proc, **sets):
-    """{"forget": [Example], "retain": ..., "alternate": ...} of lists of rows; rows without an answer to score are left out."""
+    """({"forget": [Example], "retain": ..., "alternate": ...}, the rows they are of) of lists of rows.
+
+    Rows without an answer to score are counted, named and left out.
+    """
     template = data.Template(c.template, tokenizer, c.system_prompt, c.date_string)
     refuse = "alternate" in FORGET[c.forget_loss].reads
     refusals = data.read_refusals(c.refusals) if refuse else []
-    examples = {"alternate": []}
+    examples, kept = {"alternate": []}, {}
     for name, rows in sets.items():
-        examples[name] = []
+        examples[name], kept[name] = [], []
         rng = random.Random(f"{c.seed} refusals")  # a forget example keeps one refusal for the whole run
         for row in rows:
             e = template.encode(row, c.max_length)
             alternate = template.encode(row, c.max_length, rng.choice(refusals)) if refuse and name == "forget" else e
             if e and alternate:
                 examples[name].append(e)
+                kept[name].append(row)
                 if refuse and name == "forget":
                     examples["alternate"].append(alternate)
         left_out = len(rows) - len(examples[name])
@@ -411,7 +415,7 @@ def encode_sets(c, tokenizer, proc, **sets):
             proc.say(f"{left_out} of {len(rows)} {name} rows left out: no answer, or a prompt longer than --max_length={c.max_length}")
         if rows and not examples[name]:
             raise Mistake(f"no {name} row is left: every answer is empty or every prompt longer than --max_length={c.max_length}.")
-    return examples
+    return examples, kept
 
 
 def describe(c, proc):
@@ -430,6 +434,9 @@ ANY_TIME = {"out", "overwrite", "resume", "wandb", "device", "micro_batch_tokens
 def claim(c, proc):
     """Is `out` free for this run? True if the very same run is finished there; a Mistake if another one is."""
     there = models.read_json(os.path.join(c.out, "run.json"))
+    proc.barrier()  # everyone has looked before anyone writes
+    if not there and os.path.isfile(os.path.join(c.out, "config.json")):
+        raise Mistake(f"--out={c.out}: holds a model that no run of this project made; give a directory of its own.")
     if not there or c.overwrite:
         return False
     mine = json.loads(json.dumps(dataclasses.asdict(c)))
@@ -472,6 +479,9 @@ def finish(c, proc, scorer, tokenizer):
     proc.barrier()
 
 
+TINY = "tiny"  # the base model of the demo: a small random Llama and a tokenizer made for its text
+
+
 def make(c, proc, path, rows, title):
     """Fine-tune base_model on rows, as a run of its own at `path`: how targets and retain models come to be."""
     f = dataclasses.replace(c, out=path, forget_loss="nll", retain_loss="none", forget_weight=1.0, lr=c.finetune_lr,
@@ -479,13 +489,13 @@ def make(c, proc, path, rows, title):
                             schedule=c.finetune_schedule, shuffle=True, eval_every=0.0, eval_at=(), keep_epochs=False)
     if claim(dataclasses.replace(f, resume=True), proc):
         return
-    if c.benchmark == "demo" and not c.base_model:
+    if c.base_model == TINY:
         tokenizer = data.demo_tokenizer()
         scorer = models.Scorer(models.tiny_llama(tokenizer, proc, c.seed))
     else:
         scorer, tokenizer = evaluate.load(c.base_model, c, proc)
     start(f, proc)
-    examples = encode_sets(f, tokenizer, proc, forget=rows, retain=[])
+    examples, _ = encode_sets(f, tokenizer, proc, forget=rows, retain=[])
     train(f, proc, scorer, examples, title=title)
     finish(f, proc, scorer, tokenizer)
 
@@ -495,7 +505,7 @@ def prepare(c, proc, bench):
     for setting, rows in (("model", "full"), ("retain_model", "retain_full")):
         path = getattr(c, setting)
         if path and to_be_made(c, path):
-            proc.say(f"making {path}: {c.base_model or 'a tiny random Llama'} fine-tuned on {rows.replace('_full', '')} data")
+            proc.say(f"making {path}: {c.base_model} fine-tuned on {rows.replace('_full', '')} data")
             if rows == "full" and not bench.full:
                 bench.full = data.load_full(c.data or data.HUB[c.benchmark])
             make(c, proc, path, getattr(bench, rows), os.path.basename(path))
@@ -503,7 +513,7 @@ def prepare(c, proc, bench):
 
 def to_be_made(c, path):
     inside = not os.path.isabs(path) and os.path.normpath(path).startswith("out" + os.sep)
-    return inside and (bool(c.base_model) or c.benchmark == "demo") and not os.path.isfile(os.path.join(path, "config.json"))
+    return inside and bool(c.base_model) and not os.path.isfile(os.path.join(path, "config.json"))
 
 
 def check_models(c):
@@ -515,7 +525,7 @@ def check_models(c):
         path = getattr(c, setting)
         if path and not to_be_made(c, path):
             models.check_name(path, setting)
-    if c.base_model:
+    if c.base_model and c.base_model != TINY:
         models.check_name(c.base_model, "base_model")
 
 
@@ -532,7 +542,7 @@ def main(argv):
     bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, score=c.eval_every > 0 or bool(c.eval_at))
     prepare(c, proc, bench)
     scorer, tokenizer = evaluate.load(c.model, c, proc)
-    examples = encode_sets(c, tokenizer, proc, forget=bench.forget, retain=bench.retain)
+    examples, _ = encode_sets(c, tokenizer, proc, forget=bench.forget, retain=bench.retain)
     steps = n_steps(c, len(examples["forget"]))
     proc.say(f"{c.out}: {c.forget_loss} (weight {c.forget_weight:g}) and {c.retain_loss} on retain (weight {c.retain_weight:g}), "
              f"{len(examples['forget'])} forget and {len(examples['retain'])} retain examples, {steps} steps of {c.batch_size} "

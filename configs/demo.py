@@ -2,15 +2,16 @@
 # 2 CPU cores, no network.
 benchmark = "demo"
 template = "qa"
-model = "out/demo_target"        # a tiny random Llama fine-tuned on all authors; made on the first run and kept
-retain_model = "out/demo_retain"  # ... on the 36 authors that are kept
+base_model = "tiny"               # a random Llama of 0.2 M parameters
+model = "out/demo_target"         # ... fine-tuned on all authors; made on the first run and kept
+retain_model = "out/demo_retain"  # ... on the 36 authors that are to be kept
 out = "out/demo"
 
 forget_loss = "simnpo"
 retain_loss = "nll"
 beta = 2.5  # the paper's for TOFU forget05; its forget weight of 0.1375 belongs to a 7B model
 
-lr = 1e-3
+lr = 7e-4
 epochs = 10
 batch_size = 8
 warmup = 0.1  # one epoch, as in the paper
@@ -21,7 +22,7 @@ max_length = 64
 max_new_tokens = 32
 
 finetune_lr = 5e-3
-finetune_epochs = 30
+finetune_epochs = 40
 finetune_batch_size = 32
 finetune_warmup = 0.05
 finetune_schedule = "cosine"
