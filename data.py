@@ -149,6 +149,67 @@ def read_refusals(path=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# recorded evaluations
+
+TOFU_LOG = {"eval_log_forget.json": "forget", "eval_log.json": "retain", "eval_real_author_wo_options.json": "real_authors",
+            "eval_real_world_wo_options.json": "world_facts"}
+OPEN_UNLEARNING_LOG = {"forget": "forget", "retain": "retain", "ra": "real_authors", "wf": "world_facts"}
+
+
+def read_log(path):
+    """Records of a recorded evaluation, its format told by content: our examples.jsonl, TOFU's or open-unlearning's log."""
+    if not os.path.isfile(path):
+        raise Mistake(f"{path}: no such file.")
+    with open(path, encoding="utf8") as f:
+        text = f.read()
+    try:
+        try:
+            log = json.loads(text)
+        except ValueError:  # more than one document: JSON lines
+            log = [json.loads(line) for line in text.splitlines() if line.strip()]
+        if isinstance(log, dict) and "set" in log:
+            log = [log]
+        records = log if isinstance(log, list) else read_tofu_log(log) or read_open_unlearning_log(log)
+        assert records and all(isinstance(r, dict) and {"set", "nll"} <= r.keys() for r in records)
+        return records
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError) as e:
+        raise Mistake(f"{path}: not a log this can read ({type(e).__name__}: {e}); it takes examples.jsonl, TOFU's "
+                      "eval_log_aggregated.json and open-unlearning's TOFU_EVAL.json.") from None
+
+
+def listed(values):
+    """A list, from a list or from a dict by index."""
+    return values if isinstance(values, list) else [values[k] for k in sorted(values, key=int)]
+
+
+def read_tofu_log(log):
+    records = []
+    for file, name in TOFU_LOG.items():
+        part = {k: listed(v) for k, v in log.get(file, {}).items()}
+        for i, nll in enumerate(part.get("avg_gt_loss", [])):
+            records.append({"set": name, "index": i, "nll": nll, "perturbed_nll": part["average_perturb_loss"][i],
+                            "paraphrased_nll": part["avg_paraphrased_loss"][i], "rougeL_recall": part["rougeL_recall"][i],
+                            "n_tokens": part["num_token_gt"][i], "generated": part["generated_text"][i][1],
+                            "answer": part["generated_text"][i][2]})
+    return records
+
+
+def read_open_unlearning_log(log):
+    records = []
+    for short, name in OPEN_UNLEARNING_LOG.items():
+        prob, rouge_, para, pert = (listed(log.get(f"{short}_Q_A_{kind}", {}).get("value_by_index", {}))
+                                    for kind in ("Prob", "ROUGE", "PARA_Prob", "PERT_Prob"))
+        for i, wrong in enumerate(pert):
+            right = (para or prob)[i]["avg_loss"]
+            r = {"set": name, "index": i, "nll": prob[i]["avg_loss"] if prob else right, "paraphrased_nll": right,
+                 "perturbed_nll": wrong["avg_loss"]}
+            if rouge_:
+                r |= {"rougeL_recall": rouge_[i]["rougeL_recall"], "generated": rouge_[i]["generation"]}
+            records.append(r)
+    return records
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # from text to token ids
 
 

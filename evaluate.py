@@ -13,12 +13,10 @@ import functools
 import hashlib
 import json
 import os
-import sys
 from typing import Literal
 
 import numpy as np
 import scipy.stats
-import transformers
 from rouge_score import rouge_scorer
 
 import configs
@@ -208,6 +206,8 @@ def record_qa(lm, scorer, tokenizer, bench, c, proc):
             r[kind] = nll
         if kind == "nll":
             r["n_tokens"] = len(logp)
+            if e.ids[-1] != tokenizer.eos_token_id:  # cut at max_length: TOFU's ROUGE then asks for the rest only
+                r["answer"] = tokenizer.decode(e.ids[e.start:], skip_special_tokens=True).strip()
     generated = models.generate(lm, tokenizer, [p for _, p in prompts], c.max_new_tokens, proc, 4 * c.micro_batch_tokens,
                                 title="answering")
     for (r, _), text in zip(prompts, generated):
@@ -268,64 +268,6 @@ def evaluate(scorer, tokenizer, bench, c, proc, retain_records=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # records on disk
 
-TOFU_LOG = {"eval_log_forget.json": "forget", "eval_log.json": "retain", "eval_real_author_wo_options.json": "real_authors",
-            "eval_real_world_wo_options.json": "world_facts"}
-OPEN_UNLEARNING_LOG = {"forget": "forget", "retain": "retain", "ra": "real_authors", "wf": "world_facts"}
-
-
-def read_log(path):
-    """Records of a recorded evaluation, its format told by content: our examples.jsonl, TOFU's or open-unlearning's log."""
-    if not os.path.isfile(path):
-        raise Mistake(f"{path}: no such file.")
-    with open(path, encoding="utf8") as f:
-        text = f.read()
-    try:
-        try:
-            log = json.loads(text)
-        except ValueError:  # more than one document: JSON lines
-            log = [json.loads(line) for line in text.splitlines() if line.strip()]
-        if isinstance(log, dict) and "set" in log:
-            log = [log]
-        records = log if isinstance(log, list) else read_tofu_log(log) or read_open_unlearning_log(log)
-        assert records and all(isinstance(r, dict) and {"set", "nll"} <= r.keys() for r in records)
-        return records
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError) as e:
-        raise Mistake(f"{path}: not a log this can read ({type(e).__name__}: {e}); it takes examples.jsonl, TOFU's "
-                      "eval_log_aggregated.json and open-unlearning's TOFU_EVAL.json.") from None
-
-
-def listed(values):
-    """A list, from a list or from a dict by index."""
-    return values if isinstance(values, list) else [values[k] for k in sorted(values, key=int)]
-
-
-def read_tofu_log(log):
-    records = []
-    for file, name in TOFU_LOG.items():
-        part = {k: listed(v) for k, v in log.get(file, {}).items()}
-        for i, nll in enumerate(part.get("avg_gt_loss", [])):
-            records.append({"set": name, "index": i, "nll": nll, "perturbed_nll": part["average_perturb_loss"][i],
-                            "paraphrased_nll": part["avg_paraphrased_loss"][i], "rougeL_recall": part["rougeL_recall"][i],
-                            "n_tokens": part["num_token_gt"][i], "generated": part["generated_text"][i][1],
-                            "answer": part["generated_text"][i][2]})
-    return records
-
-
-def read_open_unlearning_log(log):
-    records = []
-    for short, name in OPEN_UNLEARNING_LOG.items():
-        prob, rouge_, para, pert = (listed(log.get(f"{short}_Q_A_{kind}", {}).get("value_by_index", {}))
-                                    for kind in ("Prob", "ROUGE", "PARA_Prob", "PERT_Prob"))
-        for i, wrong in enumerate(pert):
-            right = (para or prob)[i]["avg_loss"]
-            r = {"set": name, "index": i, "nll": prob[i]["avg_loss"] if prob else right, "paraphrased_nll": right,
-                 "perturbed_nll": wrong["avg_loss"]}
-            if rouge_:
-                r |= {"rougeL_recall": rouge_[i]["rougeL_recall"], "generated": rouge_[i]["generation"]}
-            records.append(r)
-    return records
-
-
 def save_scores(out, scores, records):
     os.makedirs(out, exist_ok=True)
     models.write(os.path.join(out, "examples.jsonl"), "".join(json.dumps(r) + "\n" for r in records))
@@ -349,7 +291,7 @@ def reference(c, proc, name, bench, tokenizer=None):
             models.write(path, "".join(json.dumps(r) + "\n" for r in records))
         proc.barrier()
         return records
-    return read_log(path)
+    return data.read_log(path)
 
 
 def load(name, c, proc):
@@ -364,7 +306,7 @@ def load(name, c, proc):
 def retain_reference(c, proc, bench):
     """Records of the retain model, or None where none is named."""
     if c.retain_log:
-        return read_log(c.retain_log)
+        return data.read_log(c.retain_log)
     return reference(c, proc, c.retain_model, bench) if c.retain_model else None
 
 
@@ -373,22 +315,31 @@ def retain_reference(c, proc, bench):
 
 
 def table(rows):
-    """Text of a table. rows: [(name, scores)]; an arrow shows where better is; '-' where a score does not apply."""
-    keys = list(dict.fromkeys(k for _, scores in rows for k in scores))
+    """Text of a table. rows: {name: scores}; an arrow shows where better is; '-' where a score does not apply."""
+    keys = list(dict.fromkeys(k for scores in rows.values() for k in scores))
     head = [""] + [f"{k} {ARROWS.get(k, '↑')}" for k in keys]
-    body = [[name] + [number(scores.get(k)) for k in keys] for name, scores in rows]
+    body = [[name] + [number(scores.get(k)) for k in keys] for name, scores in rows.items()]
     if len(keys) > 8:  # a wide table is turned: one line a score
         head, *body = zip(head, *body)
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
-                     .rstrip() for line in [head, *body])
+    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
+                     for line in [head, *body])
 
 
 def number(x):
     return "-" if x is None else f"{x:.2e}" if 0 < abs(x) < 1e-3 else f"{x:.4f}"
 
 
-def picture(path, curves, points, x, y, xlabel, ylabel):
+def trajectory(path, curves, points):
+    """Forget quality against utility over the epochs of runs {label: [scores]}, between target and retain model."""
+    x, y = ("model_utility", "forget_quality")
+    if not all(x in r and y in r for rows in curves.values() for r in rows):  # your own rows, or no retain model
+        x, y = "retain_prob", "forget_prob"
+    points = {k: v | ({"forget_quality": 1.0} if k == "retain model" else {}) for k, v in points.items() if k not in curves}
+    picture(path, curves, points, x, y)
+
+
+def picture(path, curves, points, x, y):
     """Curves {label: [scores]} and single points {label: scores} in the plane of two score keys."""
     import matplotlib
     matplotlib.use("Agg")
@@ -397,17 +348,16 @@ def picture(path, curves, points, x, y, xlabel, ylabel):
     for label, rows in curves.items():
         rows = [r for r in rows if x in r and y in r]
         axes.plot([r[x] for r in rows], [r[y] for r in rows], ".-", label=label)
-        for r in rows[1:]:
-            if "epoch" in r:
-                axes.annotate(f"{r['epoch']:g}", (r[x], r[y]), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        for r in rows if x != "epoch" else []:
+            axes.annotate(f"{r['epoch']:g}", (r[x], r[y]), fontsize=7, xytext=(3, 3), textcoords="offset points")
     for label, r in points.items():
         if x in r and y in r:
             axes.plot(r[x], r[y], "*" if "retain" in label else "s", markersize=12 if "retain" in label else 7, label=label)
     if y == "forget_quality":
         axes.set_yscale("log")
-        axes.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+        axes.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")  # above: cannot be told from the retain model
+    axes.set_xlabel(x.replace("_", " "))
+    axes.set_ylabel(y.replace("_", " "))
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path + ".tmp", dpi=150, format="png")
@@ -415,13 +365,14 @@ def picture(path, curves, points, x, y, xlabel, ylabel):
     pyplot.close(figure)
 
 
-def samples(named_records, n=3):
-    """The first forget questions with each model's greedy answer."""
+def samples(models_records, n=3):
+    """The first forget questions, the true answer and each model's: {label: records}."""
+    rows = [[r for r in records if r["set"] == "forget" and r.get("question") and "generated" in r][:n]
+            for records in models_records.values()]
     lines = []
-    rows = [[r for r in records if r["set"] == "forget" and "generated" in r][:n] for _, records in named_records]
     for answers in zip(*rows):
         lines += ["", f"Q: {answers[0]['question']}", f"   {'truth':<12} {answers[0]['answer']}"]
-        lines += [f"   {name:<12} {a['generated']}" for (name, _), a in zip(named_records, answers)]
+        lines += [f"   {name:<12} {a['generated']}" for name, a in zip(models_records, answers)]
     return "\n".join(lines)
 
 
@@ -478,12 +429,12 @@ def main(argv):
         bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, train=False)
         retain = retain_reference(c, proc, bench)
     else:
-        retain = read_log(c.retain_log)
-    rows, every = [], []
+        retain = data.read_log(c.retain_log)
+    rows, every = {}, {}
     for name in names:
         itself = bool(c.retain_model) and not c.retain_log and same(name, c.retain_model)
         if name in logs:
-            records = read_log(name)
+            records = data.read_log(name)
         elif itself:
             records = retain
         else:
@@ -492,10 +443,8 @@ def main(argv):
         scores = tofu_scores(records, None if itself else retain)
         if proc.rank == 0:
             save_scores(places[name], scores, records)
-        rows.append((labels[name], scores))
-        every.append((labels[name], records))
-    proc.say(samples([e for e in every if any("question" in r for r in e[1])]))
-    proc.say("\n" + table(rows))
+        rows[labels[name]], every[labels[name]] = scores, records
+    proc.say(samples(every) + "\n\n" + table(rows))
     models.cleanup()
 
 

@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import torch
 import torch.distributed as dist
@@ -203,6 +205,138 @@ def read_json(path):
         return {}
     with open(path, encoding="utf8") as f:
         return json.load(f)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# run directories: out/NAME holds a model, its settings, log and scores
+
+
+class Log:
+    """<out>/log.jsonl, flushed every line; kept up to the checkpoint when a run goes on."""
+
+    def __init__(self, c, proc, step):
+        path = os.path.join(c.out, "log.jsonl")
+        self.rows = []
+        if step:
+            with open(path, encoding="utf8") as f:
+                self.rows = [r for r in map(json.loads, f) if r["step"] <= step]
+        self.file = self.wandb = None
+        if proc.rank == 0:
+            write(path, "".join(json.dumps(r) + "\n" for r in self.rows))
+            self.file = open(path, "a", encoding="utf8")
+            if c.wandb:
+                import wandb
+                self.wandb = wandb.init(project=c.wandb, name=os.path.basename(c.out), config=dataclasses.asdict(c))
+
+    def write(self, row):
+        self.rows.append(row)
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+
+
+def memory_gb(device):
+    """Peak memory so far, in GB (10^9 bytes): of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def checkpoint(c, proc, scorer, optimizer, scheduler, step):
+    """Everything needed to go on, in <out>/checkpoint; the old one is replaced only by a whole new one."""
+    if proc.rank == 0:
+        folder = os.path.join(c.out, "checkpoint")
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, "state.pt")
+        try:
+            with open(path + ".tmp", "wb") as f:
+                torch.save({"step": step, "model": scorer.state_dict(), "optimizer": optimizer.state_dict(),
+                            "scheduler": scheduler.state_dict()}, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(path + ".tmp", path)
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                os.remove(path + ".tmp")
+            raise Failure(f"{path}: the checkpoint of step {step} could not be written ({e.strerror}).") from None
+    proc.barrier()
+
+
+def restore(c, scorer, optimizer, scheduler):
+    """The step a run was saved at, its state loaded; 0 where there is no checkpoint."""
+    path = os.path.join(c.out, "checkpoint", "state.pt")
+    if not os.path.isfile(path):
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    scorer.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    return state["step"]
+
+
+def describe(c, proc):
+    """What run.json holds: every setting, resolved, and what else the numbers depend on."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    versions = {m.__name__: m.__version__ for m in (torch, transformers)} | {"python": sys.version.split()[0]}
+    gpu = torch.cuda.get_device_name() if proc.device.type == "cuda" else None
+    return dataclasses.asdict(c) | {"git": git or None, "versions": versions, "device": proc.device.type, "gpu": gpu,
+                                    "processes": proc.world}
+
+
+RESULTS = ("config.json", "scores.json", "examples.jsonl", "table.txt", "trajectory.png", "relearn.json", "relearn.png")
+ANY_TIME = {"out", "overwrite", "resume", "wandb", "device", "micro_batch_tokens"}  # these do not change a result
+
+
+def claim(c, proc):
+    """Is `out` free for this run? True if the very same run is finished there; a Mistake if another one is."""
+    there = read_json(os.path.join(c.out, "run.json"))
+    proc.barrier()  # everyone has looked before anyone writes
+    if not there and os.path.isfile(os.path.join(c.out, "config.json")):
+        raise Mistake(f"--out={c.out}: holds a model that no run of this project made; give a directory of its own.")
+    if not there or c.overwrite:
+        return False
+    mine = json.loads(json.dumps(dataclasses.asdict(c)))
+    differ = [f"{k} {there.get(k)} there, {v} here" for k, v in mine.items() if k not in ANY_TIME and there.get(k) != v]
+    if differ:
+        raise Mistake(f"{c.out} holds a run of other settings ({'; '.join(differ)}); give another --out, or "
+                      "--overwrite=True to replace it.")
+    if there.get("finished"):
+        return True
+    if not c.resume:
+        raise Mistake(f"{c.out} holds this run, unfinished; --resume=True goes on, --overwrite=True begins again.")
+    return False
+
+
+def start(c, proc):
+    """Make the run directory and write run.json; what a run before left is removed first, so that no file is stale."""
+    if proc.rank == 0:
+        try:
+            os.makedirs(c.out, exist_ok=True)
+            if not c.resume:
+                for name in os.listdir(c.out):
+                    if name in RESULTS or name.startswith("model") and ".safetensors" in name:
+                        os.remove(os.path.join(c.out, name))
+                shutil.rmtree(os.path.join(c.out, "checkpoint"), ignore_errors=True)
+            write(os.path.join(c.out, "run.json"), json.dumps(describe(c, proc), indent=1) + "\n")
+        except OSError as e:
+            raise Mistake(f"--out={c.out}: cannot be written ({e.strerror}).") from None
+    proc.barrier()
+
+
+def finish(c, proc, scorer, tokenizer, report=None):
+    """The model first, then what report() writes, then the mark that says so; only now is the checkpoint not needed."""
+    if proc.rank == 0:
+        save_model(scorer.lm, tokenizer, c.out)
+    if report:
+        report()
+    if proc.rank == 0:
+        write(os.path.join(c.out, "run.json"), json.dumps(describe(c, proc) | {"finished": True}, indent=1) + "\n")
+        shutil.rmtree(os.path.join(c.out, "checkpoint"), ignore_errors=True)
+    proc.barrier()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

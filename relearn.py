@@ -115,12 +115,10 @@ def show(place, curves, proc):
         groups.setdefault((row["model"], row["attack"], row["seed"]), []).append(row)
     keys = [k for k in ("unseen_forget_prob", "unseen_forget_rouge", "forget_prob", "forget_rouge", "forget_quality")
             if k in curves[0]]
-    rows = [(f"{model} {name} seed {seed}, epoch {r['epoch']:g}", {k: r[k] for k in keys})
-            for (model, name, seed), group in groups.items() for r in (group[0], group[-1])]
-    proc.say("\n" + evaluate.table(rows))
-    y = keys[0]
-    evaluate.picture(os.path.join(place, "relearn.png"), {" ".join(map(str, g)): rows for g, rows in groups.items()}, {},
-                     "epoch", y, "epoch of relearning", y.replace("_", " "))
+    proc.say("\n" + evaluate.table({f"{model}, {name}, seed {seed}, epoch {r['epoch']:g}": {k: r[k] for k in keys}
+                                    for (model, name, seed), group in groups.items() for r in (group[0], group[-1])}))
+    evaluate.picture(os.path.join(place, "relearn.png"), {", ".join(map(str, g)): rows for g, rows in groups.items()}, {},
+                     "epoch", keys[0])
     proc.say(f"\n{place}: relearn.json, relearn.png")
 
 

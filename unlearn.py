@@ -7,14 +7,10 @@
 A step takes batch_size forget and as many retain examples; loss = forget_weight * forget_loss + retain_weight * retain_loss.
 Settings: a config file of plain assignments, then --key=value; later words win.
 """
-import contextlib
 import dataclasses
-import json
 import math
 import os
 import random
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 from typing import Callable, Literal
@@ -269,8 +265,8 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
     forward = torch.compile(scorer, dynamic=True) if c.compile else scorer
     if proc.world > 1:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, broadcast_buffers=False)
-    first = restore(c, scorer, optimizer, scheduler) if c.resume else 0
-    log = Log(c, proc, first)
+    first = models.restore(c, scorer, optimizer, scheduler) if c.resume else 0
+    log = models.Log(c, proc, first)
     if on_score and first == 0:
         log.write({"step": 0, "epoch": 0.0} | on_score(0, 0.0))
 
@@ -310,80 +306,16 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         tokens = sum(len(examples[kind][i].ids) for unit in units for kind, i in unit)
-        log.write(row | {"tokens_per_s": tokens / (time.perf_counter() - began), "memory_gb": memory_gb(proc.device)})
+        log.write(row | {"tokens_per_s": tokens / (time.perf_counter() - began), "memory_gb": models.memory_gb(proc.device)})
         bar.set_postfix(forget=f"{forget_loss:.3f}", retain=f"{retain_loss:.3f}", refresh=False)
         bar.update()
         if on_score and due(step, steps, c.eval_every, c.eval_at, per_epoch):
             log.write({"step": step, "epoch": step / per_epoch} | on_score(step, step / per_epoch))
         if step < steps and due(step, steps, c.save_every, (), per_epoch):
-            checkpoint(c, proc, scorer, optimizer, scheduler, step)
+            models.checkpoint(c, proc, scorer, optimizer, scheduler, step)
     bar.close()
     scorer.eval()
     return log.rows
-
-
-class Log:
-    """<out>/log.jsonl, flushed every line; kept up to the checkpoint when a run goes on."""
-
-    def __init__(self, c, proc, step):
-        path = os.path.join(c.out, "log.jsonl")
-        self.rows = data.read_rows(path) if step else []
-        self.rows = [r for r in self.rows if r["step"] <= step]
-        self.file = self.wandb = None
-        if proc.rank == 0:
-            models.write(path, "".join(json.dumps(r) + "\n" for r in self.rows))
-            self.file = open(path, "a", encoding="utf8")
-            if c.wandb:
-                import wandb
-                self.wandb = wandb.init(project=c.wandb, name=os.path.basename(c.out), config=dataclasses.asdict(c))
-
-    def write(self, row):
-        self.rows.append(row)
-        if self.file:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-        if self.wandb:
-            self.wandb.log(row, step=row["step"])
-
-
-def memory_gb(device):
-    """Peak memory so far, in GB (10^9 bytes): of the GPU, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def checkpoint(c, proc, scorer, optimizer, scheduler, step):
-    """Everything needed to go on, in <out>/checkpoint; the old one is replaced only by a whole new one."""
-    if proc.rank == 0:
-        folder = os.path.join(c.out, "checkpoint")
-        os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, "state.pt")
-        try:
-            with open(path + ".tmp", "wb") as f:
-                torch.save({"step": step, "model": scorer.state_dict(), "optimizer": optimizer.state_dict(),
-                            "scheduler": scheduler.state_dict()}, f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(path + ".tmp", path)
-        except OSError as e:
-            with contextlib.suppress(OSError):
-                os.remove(path + ".tmp")
-            raise Failure(f"{path}: the checkpoint of step {step} could not be written ({e.strerror}).") from None
-    proc.barrier()
-
-
-def restore(c, scorer, optimizer, scheduler):
-    """The step a run was saved at, its state loaded; 0 where there is no checkpoint."""
-    path = os.path.join(c.out, "checkpoint", "state.pt")
-    if not os.path.isfile(path):
-        return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    scorer.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    return state["step"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -418,67 +350,6 @@ def encode_sets(c, tokenizer, proc, **sets):
     return examples, kept
 
 
-def describe(c, proc):
-    """What run.json holds: every setting, resolved, and what else the numbers depend on."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    versions = {m.__name__: m.__version__ for m in (torch, transformers)} | {"python": sys.version.split()[0]}
-    gpu = torch.cuda.get_device_name() if proc.device.type == "cuda" else None
-    return dataclasses.asdict(c) | {"git": git or None, "versions": versions, "device": proc.device.type, "gpu": gpu,
-                                    "processes": proc.world}
-
-
-ANY_TIME = {"out", "overwrite", "resume", "wandb", "device", "micro_batch_tokens"}  # these do not change a result
-
-
-def claim(c, proc):
-    """Is `out` free for this run? True if the very same run is finished there; a Mistake if another one is."""
-    there = models.read_json(os.path.join(c.out, "run.json"))
-    proc.barrier()  # everyone has looked before anyone writes
-    if not there and os.path.isfile(os.path.join(c.out, "config.json")):
-        raise Mistake(f"--out={c.out}: holds a model that no run of this project made; give a directory of its own.")
-    if not there or c.overwrite:
-        return False
-    mine = json.loads(json.dumps(dataclasses.asdict(c)))
-    differ = [f"{k} {there.get(k)} there, {v} here" for k, v in mine.items() if k not in ANY_TIME and there.get(k) != v]
-    if differ:
-        raise Mistake(f"{c.out} holds a run of other settings ({'; '.join(differ)}); give another --out, or "
-                      "--overwrite=True to replace it.")
-    if there.get("finished"):
-        return True
-    if not c.resume:
-        raise Mistake(f"{c.out} holds this run, unfinished; --resume=True goes on, --overwrite=True begins again.")
-    return False
-
-
-def start(c, proc):
-    """Make the run directory and write run.json; what a former run left is removed first, so that no file is stale."""
-    if proc.rank == 0:
-        try:
-            os.makedirs(c.out, exist_ok=True)
-            for name in ("scores.json", "examples.jsonl", "trajectory.png", "relearn.json", "relearn.png"):
-                if os.path.exists(os.path.join(c.out, name)):
-                    os.remove(os.path.join(c.out, name))
-            path = os.path.join(c.out, "checkpoint", "state.pt")
-            if not c.resume and os.path.exists(path):
-                os.remove(path)
-            models.write(os.path.join(c.out, "run.json"), json.dumps(describe(c, proc), indent=1) + "\n")
-        except OSError as e:
-            raise Mistake(f"--out={c.out}: cannot be written ({e.strerror}).") from None
-    proc.barrier()
-
-
-def finish(c, proc, scorer, tokenizer):
-    if proc.rank == 0:
-        models.save_model(scorer.lm, tokenizer, c.out)
-        folder = os.path.join(c.out, "checkpoint")
-        if os.path.isdir(folder):
-            import shutil
-            shutil.rmtree(folder)
-        models.write(os.path.join(c.out, "run.json"), json.dumps(describe(c, proc) | {"finished": True}, indent=1) + "\n")
-    proc.barrier()
-
-
 TINY = "tiny"  # the base model of the demo: a small random Llama and a tokenizer made for its text
 
 
@@ -487,17 +358,17 @@ def make(c, proc, path, rows, title):
     f = dataclasses.replace(c, out=path, forget_loss="nll", retain_loss="none", forget_weight=1.0, lr=c.finetune_lr,
                             epochs=c.finetune_epochs, steps=None, batch_size=c.finetune_batch_size, warmup=c.finetune_warmup,
                             schedule=c.finetune_schedule, shuffle=True, eval_every=0.0, eval_at=(), keep_epochs=False)
-    if claim(dataclasses.replace(f, resume=True), proc):
+    if models.claim(dataclasses.replace(f, resume=True), proc):
         return
     if c.base_model == TINY:
         tokenizer = data.demo_tokenizer()
         scorer = models.Scorer(models.tiny_llama(tokenizer, proc, c.seed))
     else:
         scorer, tokenizer = evaluate.load(c.base_model, c, proc)
-    start(f, proc)
+    models.start(f, proc)
     examples, _ = encode_sets(f, tokenizer, proc, forget=rows, retain=[])
     train(f, proc, scorer, examples, title=title)
-    finish(f, proc, scorer, tokenizer)
+    models.finish(f, proc, scorer, tokenizer)
 
 
 def prepare(c, proc, bench):
@@ -536,9 +407,10 @@ def main(argv):
         raise Mistake(f"{names[0]}: not a config file (*.py) and not --key=value.")
     check_models(c)
     proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark == "demo" else None)
-    if claim(c, proc):
+    if models.claim(c, proc):
         proc.say(f"{c.out} is finished; --overwrite=True runs it again.")
-        return proc.say(open(os.path.join(c.out, "table.txt")).read() if os.path.isfile(os.path.join(c.out, "table.txt")) else "")
+        table = os.path.join(c.out, "table.txt")
+        return proc.say(open(table, encoding="utf8").read()) if os.path.isfile(table) else None
     bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, score=c.eval_every > 0 or bool(c.eval_at))
     prepare(c, proc, bench)
     scorer, tokenizer = evaluate.load(c.model, c, proc)
@@ -547,10 +419,10 @@ def main(argv):
     proc.say(f"{c.out}: {c.forget_loss} (weight {c.forget_weight:g}) and {c.retain_loss} on retain (weight {c.retain_weight:g}), "
              f"{len(examples['forget'])} forget and {len(examples['retain'])} retain examples, {steps} steps of {c.batch_size} "
              f"and {c.batch_size}, {math.floor(c.warmup * steps + 1e-9)} of them warm-up, {proc.world} x {proc.device}")
-    start(c, proc)
+    models.start(c, proc)
     if c.eval_every == 0 and not c.eval_at:
         train(c, proc, scorer, examples)
-        return finish(c, proc, scorer, tokenizer)
+        return models.finish(c, proc, scorer, tokenizer)
     retain = evaluate.retain_reference(c, proc, bench)
     if not retain and not c.forget_data:
         proc.say("No retain_model and no retain_log: forget quality is left out (evaluate.py can add it later).")
@@ -571,29 +443,25 @@ def main(argv):
         return scores
 
     rows = train(c, proc, scorer, examples, on_score)
-    finish(c, proc, scorer, tokenizer)
-    report(c, proc, rows, last, retain, bench)
+    models.finish(c, proc, scorer, tokenizer, lambda: report(c, proc, rows, last, retain, bench))
     models.cleanup()
 
 
 def report(c, proc, rows, last, retain, bench):
     """scores.json, the picture and the final table: the run between its target and the retain model."""
+    scores, records = last["run"]
+    if "target" not in last:  # the run was resumed
+        before = evaluate.reference(c, proc, c.model, bench)
+        last["target"] = evaluate.tofu_scores(before, retain), before
     if proc.rank > 0:
         return
-    scores, records = last["run"]
-    target = last.get("target") or (lambda r: (evaluate.tofu_scores(r, retain), r))(evaluate.reference(c, proc, c.model, bench))
+    label, (target, before) = os.path.basename(c.out), last["target"]
+    lines = {"target": target, label: scores} | ({"retain model": evaluate.tofu_scores(retain)} if retain else {})
     evaluate.save_scores(c.out, scores, records)
-    label = os.path.basename(c.out)
-    lines = [("target", target[0]), (label, scores)] + ([("retain model", evaluate.tofu_scores(retain))] if retain else [])
-    x, y = ("model_utility", "forget_quality") if {"model_utility", "forget_quality"} <= scores.keys() else (
-        "retain_prob", "forget_prob")
-    evaluate.picture(os.path.join(c.out, "trajectory.png"), {label: [r for r in rows if "loss" not in r]},
-                     {"target": target[0], "retain model": lines[-1][1] | {"forget_quality": 1.0}} if retain else
-                     {"target": target[0]}, x, y, x.replace("_", " "), y.replace("_", " "))
-    shown = evaluate.samples([("before", target[1]), ("after", records)]) + "\n\n" + evaluate.table(lines)
+    evaluate.trajectory(os.path.join(c.out, "trajectory.png"), {label: [r for r in rows if "loss" not in r]}, lines)
+    shown = evaluate.samples({"before": before, "after": records}) + "\n\n" + evaluate.table(lines)
     models.write(os.path.join(c.out, "table.txt"), shown + "\n")
-    proc.say(shown)
-    proc.say(f"\n{c.out}: model, scores.json, examples.jsonl, log.jsonl, trajectory.png")
+    proc.say(f"{shown}\n\n{c.out}: model, scores.json, examples.jsonl, log.jsonl, trajectory.png")
 
 
 if __name__ == "__main__":

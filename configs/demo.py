@@ -22,7 +22,7 @@ max_length = 64
 max_new_tokens = 32
 
 finetune_lr = 5e-3
-finetune_epochs = 40
+finetune_epochs = 30
 finetune_batch_size = 32
 finetune_warmup = 0.05
 finetune_schedule = "cosine"
