@@ -116,7 +116,7 @@ def load(benchmark, subset, source=None, forget_data=None, retain_data=None, tra
         forget = read_own(forget_data)
         retain = read_own(retain_data) if retain_data else []
         return Benchmark(forget, retain, {"forget": forget} | ({"retain": retain[:400]} if retain else {}))
-    bench = demo() if benchmark == "demo" else load_tofu(source, subset, train, score)
+    bench = LOADERS[benchmark](source, subset, train, score)
     if retain_data:
         bench.retain = read_own(retain_data)
     return bench
@@ -136,6 +136,9 @@ def load_tofu(source, subset, train=True, score=True):
             "real_authors": read_config(source, "real_authors_perturbed", columns),
             "world_facts": read_config(source, "world_facts_perturbed", columns)}
     return bench
+
+
+LOADERS = {"demo": lambda source, subset, train, score: demo(), "tofu": load_tofu}
 
 
 def load_full(source):

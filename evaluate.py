@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import os
-from typing import Literal
+from typing import Callable, Literal
 
 import numpy as np
 import scipy.stats
@@ -171,11 +171,11 @@ def extraction_strength(correct):
 # TOFU: what is recorded of each example, and the scores that follow from the records
 
 OPTIONS = ("real_authors", "world_facts")  # sets whose probability is taken among the given wrong answers
-HEADLINE = ("forget_quality", "model_utility", "forget_prob", "forget_rouge")
+TOFU_HEADLINE = ("forget_quality", "model_utility", "forget_prob", "forget_rouge")
 ARROWS = {"forget_quality": "↑", "model_utility": "↑", "forget_prob": "↓", "forget_rouge": "↓", "forget_truth_ratio": "↑"}
 
 
-def record_qa(lm, scorer, tokenizer, bench, c, proc):
+def record_qa(scorer, tokenizer, bench, c, proc):
     """One record an example of every set: per-token NLL of its answers, the greedy answer and its ROUGE."""
     template = data.Template(c.template, tokenizer, c.system_prompt, c.date_string)
     records, texts, prompts = [], [], []  # texts, prompts: (record, what it is, tokens)
@@ -208,14 +208,14 @@ def record_qa(lm, scorer, tokenizer, bench, c, proc):
             r["n_tokens"] = len(logp)
             if e.ids[-1] != tokenizer.eos_token_id:  # cut at max_length: TOFU's ROUGE then asks for the rest only
                 r["answer"] = tokenizer.decode(e.ids[e.start:], skip_special_tokens=True).strip()
-    generated = models.generate(lm, tokenizer, [p for _, p in prompts], c.max_new_tokens, proc, 4 * c.micro_batch_tokens,
+    generated = models.generate(scorer.lm, tokenizer, [p for _, p in prompts], c.max_new_tokens, proc, 4 * c.micro_batch_tokens,
                                 title="answering")
     for (r, _), text in zip(prompts, generated):
         r |= {"generated": text.strip()} | rouge(text.strip(), r["answer"], stem=True)
     return records
 
 
-def tofu_scores(records, retain_records=None):
+def tofu_scores(records, retain_records=None, c=None):
     """The flat dict of scores of records; forget_quality where the retain model's records are given."""
     sets, scores = {}, {}
     for r in records:
@@ -260,9 +260,29 @@ def evaluate(scorer, tokenizer, bench, c, proc, retain_records=None):
     """(scores, records) of a model as it is now; the one function behind every number of the project."""
     was_training = scorer.training
     scorer.eval()
-    records = record_qa(scorer.lm, scorer, tokenizer, bench, c, proc)
+    records = BENCHMARKS[c.benchmark].record(scorer, tokenizer, bench, c, proc)
     scorer.train(was_training)
-    return tofu_scores(records, retain_records), records
+    return summarize(records, retain_records, c), records
+
+
+def summarize(records, retain_records, c):
+    """The flat dict of scores that follows from records; against the retain model's where they are given."""
+    return BENCHMARKS[c.benchmark].scores(records, retain_records, c)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """How a benchmark is scored: models -> records -> scores, and what is shown first."""
+    record: Callable  # (scorer, tokenizer, bench, c, proc) -> [record an example]
+    scores: Callable  # (records, retain_records or None, c) -> {name: float}
+    headline: tuple   # the scores that are printed at every epoch
+    axes: tuple       # x and y of the trajectory
+
+
+BENCHMARKS = {
+    "demo": Scoring(record_qa, tofu_scores, TOFU_HEADLINE, ("model_utility", "forget_quality")),
+    "tofu": Scoring(record_qa, tofu_scores, TOFU_HEADLINE, ("model_utility", "forget_quality")),
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -330,9 +350,9 @@ def number(x):
     return "-" if x is None else f"{x:.2e}" if 0 < abs(x) < 1e-3 else f"{x:.4f}"
 
 
-def trajectory(path, curves, points):
-    """Forget quality against utility over the epochs of runs {label: [scores]}, between target and retain model."""
-    x, y = ("model_utility", "forget_quality")
+def trajectory(path, curves, points, c):
+    """Forgetting against utility over the epochs of runs {label: [scores]}, between target and retain model."""
+    x, y = BENCHMARKS[c.benchmark].axes
     if not all(x in r and y in r for rows in curves.values() for r in rows):  # your own rows, or no retain model
         x, y = "retain_prob", "forget_prob"
     points = {k: v | ({"forget_quality": 1.0} if k == "retain model" else {}) for k, v in points.items() if k not in curves}
@@ -440,7 +460,7 @@ def main(argv):
         else:
             scorer, tokenizer = load(name, c, proc)
             _, records = evaluate(scorer, tokenizer, bench, c, proc)
-        scores = tofu_scores(records, None if itself else retain)
+        scores = summarize(records, None if itself else retain, c)
         if proc.rank == 0:
             save_scores(places[name], scores, records)
         rows[labels[name]], every[labels[name]] = scores, records

@@ -61,7 +61,7 @@ def attack(c, proc, name, label, bench, retain, choose, seed):
 
     def on_score(step, epoch):
         scores, records = evaluate.evaluate(scorer, tokenizer, bench, c, proc, retain)
-        others = evaluate.tofu_scores(unseen(records), unseen(retain) if retain else None) if unseen(records) else {}
+        others = evaluate.summarize(unseen(records), unseen(retain) if retain else None, c) if unseen(records) else {}
         scores |= {f"unseen_{k}": v for k, v in others.items()}
         curve.append({"attack": f"relearn_{choose}", "model": label, "seed": seed, "step": step, "epoch": epoch} | scores)
         return scores

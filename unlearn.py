@@ -431,7 +431,7 @@ def main(argv):
     def on_score(step, epoch):
         if step == 0:  # the target itself: scored once, whatever is unlearned from it
             records = evaluate.reference(c, proc, c.model, bench)
-            scores = evaluate.tofu_scores(records, retain)
+            scores = evaluate.summarize(records, retain, c)
             last["target"] = scores, records
         else:
             scores, records = evaluate.evaluate(scorer, tokenizer, bench, c, proc, retain)
@@ -439,7 +439,7 @@ def main(argv):
                 models.save_model(scorer.lm, tokenizer, os.path.join(c.out, f"epoch_{epoch:g}"))
         last["run"] = scores, records
         proc.say(f"epoch {epoch:g}: " + ", ".join(f"{k} {evaluate.number(v)}" for k, v in scores.items()
-                                                  if k in evaluate.HEADLINE))
+                                                  if k in evaluate.BENCHMARKS[c.benchmark].headline))
         return scores
 
     rows = train(c, proc, scorer, examples, on_score)
@@ -452,13 +452,13 @@ def report(c, proc, rows, last, retain, bench):
     scores, records = last["run"]
     if "target" not in last:  # the run was resumed
         before = evaluate.reference(c, proc, c.model, bench)
-        last["target"] = evaluate.tofu_scores(before, retain), before
+        last["target"] = evaluate.summarize(before, retain, c), before
     if proc.rank > 0:
         return
     label, (target, before) = os.path.basename(c.out), last["target"]
-    lines = {"target": target, label: scores} | ({"retain model": evaluate.tofu_scores(retain)} if retain else {})
+    lines = {"target": target, label: scores} | ({"retain model": evaluate.summarize(retain, None, c)} if retain else {})
     evaluate.save_scores(c.out, scores, records)
-    evaluate.trajectory(os.path.join(c.out, "trajectory.png"), {label: [r for r in rows if "loss" not in r]}, lines)
+    evaluate.trajectory(os.path.join(c.out, "trajectory.png"), {label: [r for r in rows if "loss" not in r]}, lines, c)
     shown = evaluate.samples({"before": before, "after": records}) + "\n\n" + evaluate.table(lines)
     models.write(os.path.join(c.out, "table.txt"), shown + "\n")
     proc.say(f"{shown}\n\n{c.out}: model, scores.json, examples.jsonl, log.jsonl, trajectory.png")

@@ -7,9 +7,8 @@ import pytest
 import scipy.stats
 import torch
 import transformers
-from conftest import ROOT, SHARED, flags, needs_shared, run_script
+from conftest import SHARED, flags, needs_shared, run_script
 
-import configs
 import data
 import evaluate
 import model as models
