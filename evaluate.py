@@ -407,7 +407,7 @@ def ask(question, names, c, proc):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-NOT_INHERITED = ("model", "out", "overwrite", "device")  # a run's own, or this machine's
+NOT_INHERITED = ("model", "out", "overwrite", "device", "eval_every", "eval_at")  # a run's own, or this machine's
 
 
 def inherit(cls, names, given):
