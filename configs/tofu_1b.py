@@ -1,0 +1,29 @@
+# TOFU forget10 on open-unlearning's Llama-3.2-1B-Instruct models, SimNPO.
+# python unlearn.py configs/tofu_1b.py                      (one GPU of 40 GB: 20 GB of weights, gradients and AdamW state)
+# torchrun --nproc_per_node=8 unlearn.py configs/tofu_1b.py --subset=forget05 --retain_model=open-unlearning/tofu_Llama-3.2-1B-Instruct_retain95
+# Not run by us yet: no expected score.
+benchmark = "tofu"
+subset = "forget10"
+template = "chat"  # system prompt and date as in open-unlearning's configs/model/Llama-3.2-1B-Instruct.yaml: our defaults
+model = "open-unlearning/tofu_Llama-3.2-1B-Instruct_full"
+retain_model = "open-unlearning/tofu_Llama-3.2-1B-Instruct_retain90"  # goes with the subset: 99, 95, 90
+
+# open-unlearning configs/trainer/SimNPO.yaml: beta 4.5, gamma (its name for the forget weight) 0.125, alpha 1, delta 0
+forget_loss = "simnpo"
+retain_loss = "nll"
+beta = 4.5
+gamma = 0.0
+forget_weight = 0.125
+retain_weight = 1.0
+
+# open-unlearning configs/experiment/unlearn/tofu/default.yaml and its scripts
+lr = 1e-5
+epochs = 10
+batch_size = 32
+warmup = 0.1  # one epoch
+schedule = "linear"
+weight_decay = 0.01
+grad_clip = 0.0  # its DeepSpeed configs name no gradient clipping
+dtype = "bf16"
+max_length = 512
+eval_every = 2
