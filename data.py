@@ -151,6 +151,28 @@ def read_refusals(path=None):
     return [row["text"] for row in read_rows(path or REFUSALS)]
 
 
+def read_alternates(path=None, refusals=None):
+    """row -> the answers that may stand instead of its own: those of a file of rows (question, alternate), else refusals.
+
+    AltPO (arXiv 2409.13474) has the target model invent the alternates; `alternate` is a string or a list of them.
+    """
+    if not path:
+        refusals = read_refusals(refusals)
+        return lambda row: refusals
+    table = {}
+    for i, row in enumerate(check_rows(read_rows(path), path, ("question",)), 1):
+        found = row.get("alternate") if isinstance(row.get("alternate"), list) else [row.get("alternate")]
+        if not found or not all(isinstance(a, str) and a.strip() for a in found):
+            raise Mistake(f"{path}, row {i}: alternate must be text or a list of texts, got {row.get('alternate')!r}.")
+        table.setdefault(row["question"], []).extend(found)
+
+    def of(row):
+        if row.get("question") not in table:
+            raise Mistake(f"{path}: has no alternate answer for the forget question {row.get('question')!r}.")
+        return table[row["question"]]
+    return of
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # recorded evaluations
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -159,6 +160,58 @@ def check_fit(lm, tokenizer, name):
                       "give the model's own with --tokenizer=.")
 
 
+class LoRA(nn.Module):
+    """A frozen linear layer plus a trained low-rank one: y = W x + 2 B A x, B = 0 at first. arXiv 2106.09685, alpha = 2 r."""
+
+    def __init__(self, base, rank):
+        super().__init__()
+        self.base = base
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device).normal_(std=1 / rank))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+
+    def forward(self, x):
+        return self.base(x) + 2 * nn.functional.linear(nn.functional.linear(x, self.A), self.B)
+
+
+def add_lora(lm, rank, seed):
+    """Freeze the model and put an adapter on every linear layer but the output head."""
+    lm.requires_grad_(False)
+    head = lm.get_output_embeddings()
+    with torch.random.fork_rng(devices=[d for d in [lm.device] if d.type == "cuda"]):
+        torch.manual_seed(seed)
+        for parent in list(lm.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear) and child is not head and not isinstance(parent, LoRA):
+                    setattr(parent, name, LoRA(child, rank))
+
+
+def merged(lm):
+    """The state dict of the plain model: adapters are added to the weights they belong to."""
+    adapters = {name: m for name, m in lm.named_modules() if isinstance(m, LoRA)}
+    if not adapters:
+        return None
+    state = {k.replace(".base.", "."): v for k, v in lm.state_dict().items() if not k.endswith((".A", ".B"))}
+    return state | {f"{k}.weight": (m.base.weight + 2 * m.B @ m.A).detach() for k, m in adapters.items()}
+
+
+def freeze(lm, pattern):
+    """Train only the parameters whose names match the regular expression."""
+    hits = [name for name, p in lm.named_parameters() if p.requires_grad and re.search(pattern, name)]
+    if not hits:
+        raise Mistake(f"--train_only={pattern}: no parameter's name matches; they look like "
+                      f"{', '.join(name for name, _ in list(lm.named_parameters())[1:3])}.")
+    for name, p in lm.named_parameters():
+        p.requires_grad_(name in hits)
+
+
+@torch.no_grad()
+def negate(lm, start, scale):
+    """Task vector (arXiv 2212.04089): weights = start - scale * (weights - start); start: the model they were trained from."""
+    proc = Process(0, 1, lm.device)
+    for p, q in zip(lm.parameters(), load_model(start, proc).parameters(), strict=True):
+        p.copy_(q - scale * (p - q))
+
+
 def write(path, text):
     """Replace a file whole or not at all."""
     with open(path + ".tmp", "w", encoding="utf8") as f:
@@ -173,7 +226,7 @@ def save_model(lm, tokenizer, out):
     part = os.path.join(out, ".saving")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        lm.save_pretrained(part)
+        lm.save_pretrained(part, state_dict=merged(lm))
         tokenizer.save_pretrained(part)
         for name in sorted(os.listdir(part), key=lambda n: n == "config.json"):  # config.json last: it marks a whole model
             with open(os.path.join(part, name), "rb") as f:
@@ -346,7 +399,7 @@ def finish(c, proc, scorer, tokenizer, report=None):
 class Scorer(nn.Module):
     """A language model that computes logits where they are read, and nowhere else.
 
-    forward(ids (S, T), rows (n,)) -> logits (n, V): `rows` are flat positions s * T + t whose NEXT token is scored. The
+    forward(ids (S, T), rows (n,)) -> logits (n, V), hidden: `rows` are flat positions s * T + t whose NEXT token is scored. The
     output head sees only those hidden states, so prompts and padding cost no vocabulary-sized memory. A hook on the head
     does it, because then every architecture's own forward (soft-capping, scaling, sharding) stays as it is.
 
@@ -355,16 +408,31 @@ class Scorer(nn.Module):
 
     def __init__(self, lm):
         super().__init__()
-        self.lm, self.rows = lm, None
+        self.lm, self.rows, self.hidden, self.layer, self.logits = lm, None, None, None, True
         lm.get_output_embeddings().register_forward_pre_hook(self.pick)
 
     def pick(self, head, args):
-        return None if self.rows is None else (args[0].flatten(0, 1)[self.rows],)  # (S, T, D) -> (n, D)
+        if self.rows is not None:
+            return (args[0].flatten(0, 1)[self.rows if self.logits else self.rows[:0]],)  # (S, T, D) -> (n, D)
+
+    def watch(self, layer, logits):
+        """Return that decoder layer's output at the answer tokens too (RMU); logits=False: nobody reads logits."""
+        layers = self.lm.get_decoder().layers
+        if layer >= len(layers):
+            raise Mistake(f"--steering_layer={layer}: the model has layers 0 to {len(layers) - 1}.")
+        if self.layer is None:
+            self.layer, self.logits = layer, logits
+            layers[layer].register_forward_hook(self.keep)
+
+    def keep(self, layer, args, out):
+        if self.rows is not None:
+            out = out[0] if isinstance(out, tuple) else out
+            self.hidden = out.flatten(0, 1)[self.rows + 1]  # at the answer tokens themselves, not where they are predicted
 
     def forward(self, ids, rows):
-        self.rows = rows
+        self.rows, self.hidden = rows, None
         try:
-            return self.lm(input_ids=ids, use_cache=False).logits  # (n, V)
+            return self.lm(input_ids=ids, use_cache=False).logits, self.hidden  # (n, V), (n, D) or None
         finally:
             self.rows = None
 
@@ -375,6 +443,7 @@ class Scores:
     logits: torch.Tensor  # (n, V)
     labels: torch.Tensor  # (n,)
     counts: list
+    hidden: torch.Tensor | None = None  # (n, D) of the watched layer
     alternate: "Scores | None" = None  # the same questions with another answer (DPO, IDK)
 
     @functools.cached_property
@@ -428,7 +497,7 @@ def score(scorer, examples, proc, budget, read=token_logps, title=None):
     for batch in tqdm(batches[proc.rank::proc.world], desc=title, disable=proc.rank > 0 or not title or None, leave=False):
         ids, rows, labels, counts = collate([examples[i] for i in batch], proc.device)
         with proc.autocast():
-            logits = scorer(ids, rows)
+            logits, _ = scorer(ids, rows)
         values = read(logits, labels).double().cpu().split(counts)
         mine |= {i: v.numpy() for i, v in zip(batch, values)}
     merged = {i: v for part in proc.gather(mine) for i, v in part.items()}

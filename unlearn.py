@@ -7,6 +7,7 @@
 A step takes batch_size forget and as many retain examples; loss = forget_weight * forget_loss + retain_weight * retain_loss.
 Settings: a config file of plain assignments, then --key=value; later words win.
 """
+import copy
 import dataclasses
 import math
 import os
@@ -32,12 +33,21 @@ from configs import Failure, Mistake
 class Config(evaluate.Config):
     # method
     forget_loss: str = "simnpo"  # a line of the table FORGET below
-    retain_loss: str = "nll"  # nll, kl, none
+    retain_loss: str = "nll"  # a line of RETAIN
     forget_weight: float = 1.0
     retain_weight: float = 1.0
-    beta: float = 0.1  # npo, simnpo, dpo: inverse temperature
+    beta: float = 0.1  # inverse temperature of npo, simnpo, dpo, altpo, tnpo, wtnpo; exponent of wga; undial's lowered logit
     gamma: float = 0.0  # simnpo: the paper's margin, outside beta
+    alpha: float = 1.5  # wtnpo: exponent
+    beta1: float = 5.0  # satimp: saturation exponent
+    beta2: float = 1.0  # satimp: importance exponent
+    steering_layer: int = 7  # rmu: the decoder layer whose output is steered
+    steering_scale: float = 6.5  # rmu: length of the steering vector
+    task_vector_scale: float = 1.0  # task_vector: how much of what forget_loss=nll would learn is taken away
     refusals: str | None = None  # idk, dpo: a file of refusals, one a line; None = ours
+    alternates: str | None = None  # altpo: rows with a forget question and its alternate answer (a string or a list)
+    train_only: str | None = None  # regular expression: train the parameters whose names match, freeze the others
+    lora_rank: int = 0  # train low-rank adapters of all linear layers instead of the weights; merged on save; 0 = off
     # optimisation
     lr: float = 1e-5
     epochs: float = 10.0  # passes over the forget set
@@ -80,8 +90,15 @@ class Config(evaluate.Config):
         for name in ("weight_decay", "grad_clip", "save_every"):
             yield not getattr(self, name) >= 0, f"--{name}={getattr(self, name)}: must not be negative."
         yield not 0 <= self.adam_beta2 < 1, f"--adam_beta2={self.adam_beta2}: must be from 0 to below 1."
+        for name in ("alpha", "beta1", "beta2", "steering_layer", "lora_rank"):
+            yield getattr(self, name) < 0, f"--{name}={getattr(self, name)}: must not be negative."
         yield self.steps is not None and self.steps < 1, f"--steps={self.steps}: must be at least 1."
-        yield self.refusals and not os.path.isfile(self.refusals), f"--refusals={self.refusals}: no such file."
+        for name in ("refusals", "alternates"):
+            path = getattr(self, name)
+            yield path and not os.path.isfile(path), f"--{name}={path}: no such file."
+        yield self.forget_loss == "altpo" and not self.alternates, "--forget_loss=altpo: give --alternates=FILE."
+        yield self.forget_loss == "task_vector" and (self.retain_loss != "none" or self.resume), (
+            "--forget_loss=task_vector: reads no retain set and cannot be resumed; write --retain_loss=none.")
         yield self.forget_data and not self.retain_data and self.retain_loss != "none", (
             f"--forget_data={self.forget_data}: give --retain_data too, or --retain_loss=none.")
 
@@ -94,30 +111,53 @@ class Config(evaluate.Config):
 class Method:
     """loss(s, r, c) -> unreduced values; s = the model's Scores, r = the reference's, c = Config.
 
-    per: what one value stands for, and so what the window's sum is divided by. ref: what it reads of the reference, the
-    model as it was before the first step: logps are computed once and kept, logits keep a second model in memory.
-    reads: which answers to a forget question are run: its own, an alternate one (a refusal), or both.
+    per: what one value stands for, and so what the window's sum is divided by.
+    ref: what it reads of the reference, the model as it was before the first step. logps are computed once and kept;
+         a model is a frozen second one in memory, for full-vocabulary logits or hidden states.
+    reads: which answers to a forget question are run: its own, an alternate one, or both. hidden: reads no logits.
+    after(lm, c): what is done to the trained model before it is scored and saved.
     """
     loss: Callable
     per: Literal["token", "answer"]
-    ref: Literal["", "logps", "logits"] = ""
+    ref: Literal["", "logps", "model"] = ""
     reads: tuple = ("forget",)
+    hidden: bool = False
+    after: Callable | None = None
 
 
+PAIR = ("forget", "alternate")
 FORGET = {
     "ga": Method(lambda s, r, c: losses.ga(s.token_logps), "token"),
     "nll": Method(lambda s, r, c: losses.nll(s.token_logps), "token"),  # fine-tuning, relearning
     "npo": Method(lambda s, r, c: losses.npo(s.logps, r.logps, c.beta), "answer", "logps"),
     "simnpo": Method(lambda s, r, c: losses.simnpo(s.logps, s.n_tokens, c.beta, c.gamma), "answer"),
     "idk": Method(lambda s, r, c: losses.nll(s.alternate.token_logps), "token", reads=("alternate",)),
-    "dpo": Method(lambda s, r, c: losses.dpo(s.alternate.logps, r.alternate.logps, s.logps, r.logps, c.beta), "answer",
-                  "logps", reads=("forget", "alternate")),
+    "dpo": Method(lambda s, r, c: losses.dpo(s.alternate.logps, r.alternate.logps, s.logps, r.logps, c.beta), "answer", "logps", PAIR),
+    "altpo": Method(lambda s, r, c: losses.dpo(s.alternate.logps, r.alternate.logps, s.logps, r.logps, c.beta), "answer", "logps", PAIR),
+    "wga": Method(lambda s, r, c: losses.wga(s.token_logps, c.beta), "token"),
+    "satimp": Method(lambda s, r, c: losses.satimp(s.token_logps, c.beta1, c.beta2), "token"),
+    "tnpo": Method(lambda s, r, c: losses.tnpo(s.token_logps, r.token_logps, c.beta), "token", "logps"),
+    "wtnpo": Method(lambda s, r, c: losses.wtnpo(s.token_logps, r.token_logps, c.beta, c.alpha), "token", "logps"),
+    "ceu": Method(lambda s, r, c: losses.ceu(s.logits, s.labels), "token"),
+    "undial": Method(lambda s, r, c: losses.undial(s.logits, r.logits, s.labels, c.beta), "token", "model"),
+    "max_entropy": Method(lambda s, r, c: losses.max_entropy(s.logits), "token"),
+    "logit_margin": Method(lambda s, r, c: losses.logit_margin(s.logits), "token"),
+    "rmu": Method(lambda s, r, c: losses.rmu(s.hidden, steering(c, s.hidden)), "token", hidden=True),
+    "task_vector": Method(lambda s, r, c: losses.nll(s.token_logps), "token",
+                          after=lambda lm, c: models.negate(lm, c.model, c.task_vector_scale)),
 }
 RETAIN = {
     "nll": Method(lambda s, r, c: losses.nll(s.token_logps), "token", reads=("retain",)),
-    "kl": Method(lambda s, r, c: losses.kl(s.logits, r.logits), "token", "logits", reads=("retain",)),
+    "kl": Method(lambda s, r, c: losses.kl(s.logits, r.logits), "token", "model", ("retain",)),
+    "rmu": Method(lambda s, r, c: losses.rmu(s.hidden, r.hidden), "token", "model", ("retain",), hidden=True),
     "none": None,
 }
+
+
+def steering(c, hidden):
+    """(D,) RMU's target: one fixed random direction with positive entries, scaled; the same on every process."""
+    u = torch.rand(hidden.shape[-1], generator=torch.Generator().manual_seed(c.seed))
+    return (c.steering_scale * u / u.norm()).to(hidden)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,37 +190,38 @@ def deal(units, examples, budget, world):
     return [pieces[i:i + world] for i in range(0, len(pieces), world)]
 
 
-def split(logits, labels, counts, sequences):
+def split(logits, hidden, labels, counts, sequences):
     """{kind: Scores} of a micro-batch whose sequences are ordered by kind."""
     scores, start = {}, 0
     for kind in dict.fromkeys(kind for kind, _ in sequences):
         own = [n for n, (k, _) in zip(counts, sequences) if k == kind]
-        stop = start + sum(own)
-        scores[kind] = models.Scores(logits[start:stop], labels[start:stop], own)
-        start = stop
-    main = scores.get("forget") or scores.get("alternate")
-    if main:
-        main.alternate = scores.get("alternate")
-        scores["forget"] = main
+        rows = slice(start, start := start + sum(own))
+        scores[kind] = models.Scores(logits[rows], labels[rows], own, None if hidden is None else hidden[rows])
+    return paired(scores)
+
+
+def paired(scores):
+    """A loss on forget answers finds the other answers to the same questions under .alternate."""
+    if "alternate" in scores:
+        scores.setdefault("forget", scores["alternate"]).alternate = scores["alternate"]
     return scores
 
 
 class Reference:
     """The model as it was before the first step.
 
-    Answer log-probs are computed once, for every forget example of the run, and no second model is held; only a loss that
-    reads full-vocabulary logits keeps a frozen copy.
+    Log-probs of answers are computed once, for every forget example of the run, and no second model is held; only a loss
+    that reads full-vocabulary logits or hidden states keeps a frozen copy.
     """
 
     def __init__(self, scorer, examples, c, proc):
         methods = [m for m in (FORGET[c.forget_loss], RETAIN[c.retain_loss]) if m]
-        self.logps, self.frozen = {}, None
+        self.kept, self.frozen = {}, None
         if any(m.ref == "logps" for m in methods):
             for kind in FORGET[c.forget_loss].reads:
-                token_logps = models.score(scorer, examples[kind], proc, c.micro_batch_tokens, title="reference")
-                self.logps[kind] = torch.tensor([float(t.sum()) for t in token_logps], dtype=torch.float32)
-        if any(m.ref == "logits" for m in methods):
-            import copy
+                scored = models.score(scorer, examples[kind], proc, c.micro_batch_tokens, title="reference")
+                self.kept[kind] = [torch.tensor(t[:, 0], dtype=torch.float32, device=proc.device) for t in scored]
+        if any(m.ref == "model" for m in methods):
             self.frozen = copy.deepcopy(scorer).requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -188,12 +229,13 @@ class Reference:
         """{kind: what losses read of the reference} for one micro-batch."""
         if self.frozen is not None:
             ids, rows, labels, counts = batch
-            return split(self.frozen(ids, rows), labels, counts, sequences)
-        found = {kind: SimpleNamespace(logps=logps[[i for k, i in sequences if k == kind]].to(batch[0].device))
-                 for kind, logps in self.logps.items()}
-        if "alternate" in found:
-            found["forget"].alternate = found["alternate"]
-        return found
+            return split(*self.frozen(ids, rows), labels, counts, sequences)
+        found = {}
+        for kind, kept in self.kept.items():
+            answers = [kept[i] for k, i in sequences if k == kind]
+            if answers:
+                found[kind] = SimpleNamespace(token_logps=torch.cat(answers), logps=torch.stack([a.sum() for a in answers]))
+        return paired(found)
 
 
 def step_loss(forward, reference, piece, examples, c, n_forget, n_retain, device):
@@ -201,7 +243,7 @@ def step_loss(forward, reference, piece, examples, c, n_forget, n_retain, device
     order = ("forget", "alternate", "retain")
     sequences = sorted((s for unit in piece for s in unit), key=lambda s: order.index(s[0]))
     batch = ids, rows, labels, counts = models.collate([examples[kind][i] for kind, i in sequences], device)
-    scores = split(forward(ids, rows), labels, counts, sequences)
+    scores = split(*forward(ids, rows), labels, counts, sequences)
     ref = reference.scores(batch, sequences)
     parts = []
     for kind, method, n in (("forget", FORGET[c.forget_loss], n_forget), ("retain", RETAIN[c.retain_loss], n_retain)):
@@ -254,7 +296,15 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
     """
     n = len(examples["forget"])
     steps, per_epoch = n_steps(c, n), n / c.batch_size
+    method, retain_method = FORGET[c.forget_loss], RETAIN[c.retain_loss]
+    reads_hidden = any(m and m.hidden for m in (method, retain_method))
+    if reads_hidden:
+        scorer.watch(c.steering_layer, logits=not (method.hidden and (not retain_method or retain_method.hidden)))
     reference = Reference(scorer, examples, c, proc)
+    if c.lora_rank:
+        models.add_lora(scorer.lm, c.lora_rank, c.seed)
+    if c.train_only:
+        models.freeze(scorer.lm, c.train_only)
     parameters = [p for p in scorer.parameters() if p.requires_grad]
     optimizer = optimizer_of(scorer, c)
     scheduler = transformers.get_scheduler(c.schedule if c.schedule != "constant" else "constant_with_warmup", optimizer,
@@ -264,7 +314,8 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
         scorer.train()  # there is no dropout; transformers recomputes only in this mode
     forward = torch.compile(scorer, dynamic=True) if c.compile else scorer
     if proc.world > 1:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, broadcast_buffers=False)
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, broadcast_buffers=False,
+                                          find_unused_parameters=reads_hidden)  # layers above the steered one
     first = models.restore(c, scorer, optimizer, scheduler) if c.resume else 0
     log = models.Log(c, proc, first)
     if on_score and first == 0:
@@ -276,8 +327,8 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
         if step <= first:
             continue
         began = time.perf_counter()
-        n_forget = count(FORGET[c.forget_loss], [i for i, _ in window], examples)
-        n_retain = count(RETAIN[c.retain_loss], [j for _, j in window], examples)
+        n_forget = count(method, [i for i, _ in window], examples)
+        n_retain = count(retain_method, [j for _, j in window], examples)
         units = units_of(window, c)
         rounds = deal(units, examples, c.micro_batch_tokens, proc.world)
         totals = torch.zeros(2, device=proc.device)
@@ -309,7 +360,9 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
         log.write(row | {"tokens_per_s": tokens / (time.perf_counter() - began), "memory_gb": models.memory_gb(proc.device)})
         bar.set_postfix(forget=f"{forget_loss:.3f}", retain=f"{retain_loss:.3f}", refresh=False)
         bar.update()
-        if on_score and due(step, steps, c.eval_every, c.eval_at, per_epoch):
+        if step == steps and method.after:
+            method.after(scorer.lm, c)
+        if on_score and (step == steps if method.after else due(step, steps, c.eval_every, c.eval_at, per_epoch)):
             log.write({"step": step, "epoch": step / per_epoch} | on_score(step, step / per_epoch))
         if step < steps and due(step, steps, c.save_every, (), per_epoch):
             models.checkpoint(c, proc, scorer, optimizer, scheduler, step)
@@ -328,19 +381,20 @@ def encode_sets(c, tokenizer, proc, **sets):
     Rows without an answer to score are counted, named and left out.
     """
     template = data.Template(c.template, tokenizer, c.system_prompt, c.date_string)
-    refuse = "alternate" in FORGET[c.forget_loss].reads
-    refusals = data.read_refusals(c.refusals) if refuse else []
+    reads_alternate = "alternate" in FORGET[c.forget_loss].reads
+    alternates = data.read_alternates(c.alternates, c.refusals) if reads_alternate else None
     examples, kept = {"alternate": []}, {}
     for name, rows in sets.items():
         examples[name], kept[name] = [], []
-        rng = random.Random(f"{c.seed} refusals")  # a forget example keeps one refusal for the whole run
+        rng = random.Random(f"{c.seed} alternates")  # a forget example keeps one alternate answer for the whole run
+        pairs = reads_alternate and name == "forget"
         for row in rows:
             e = template.encode(row, c.max_length)
-            alternate = template.encode(row, c.max_length, rng.choice(refusals)) if refuse and name == "forget" else e
+            alternate = template.encode(row, c.max_length, rng.choice(alternates(row))) if pairs else e
             if e and alternate:
                 examples[name].append(e)
                 kept[name].append(row)
-                if refuse and name == "forget":
+                if pairs:
                     examples["alternate"].append(alternate)
         left_out = len(rows) - len(examples[name])
         if left_out:

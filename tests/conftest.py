@@ -54,6 +54,8 @@ def mini(tmp_path_factory):
                        "retain_perturbed": retain[:10], "real_authors_perturbed": rows_of(7, rng, 3),
                        "world_facts_perturbed": rows_of(5, rng, 3)}.items():
         save_rows(root / "data" / f"{name}.jsonl", rows)
+    save_rows(root / "alternates.jsonl", [{"question": r["question"], "alternate": [r["perturbed_answer"][0], "Nothing at all."]}
+                                          for r in forget])
     tokenizer = data.demo_tokenizer()
     proc = models.Process(0, 1, torch.device("cpu"))
     for seed, name in enumerate(("target", "retain")):
@@ -66,8 +68,14 @@ def mini(tmp_path_factory):
     return root
 
 
+METHODS = {  # what a method needs beside its name
+    "altpo": lambda mini: {"alternates": mini / "alternates.jsonl"}, "task_vector": lambda mini: {"retain_loss": "none"},
+    "rmu": lambda mini: {"retain_loss": "rmu", "steering_layer": 0}}
+
+
 def flags(mini, **more):
     """The command line of a short run on the miniature."""
+    more |= METHODS.get(more.get("forget_loss"), lambda mini: {})(mini)
     base = dict(benchmark="tofu", subset="forget05", data=mini / "data", template="qa", model=mini / "target",
                 retain_model=mini / "retain", device="cpu", batch_size=4, steps=4, lr=1e-3, eval_every=0, max_new_tokens=8)
     return [f"--{k}={v}" for k, v in (base | more).items()]

@@ -116,7 +116,7 @@ def test_padding_is_never_seen_and_masks_come_from_lengths_even_where_pad_is_eos
     assert examples[0].ids[:examples[0].start].count(tokenizer.eos_token_id) > 0
     scorer = models.Scorer(lm)
     ids, rows, labels, counts = models.collate(examples, "cpu")
-    for e, together in zip(examples, scorer(ids, rows).split(counts)):
+    for e, together in zip(examples, scorer(ids, rows)[0].split(counts)):
         alone = lm(torch.tensor([e.ids])).logits[0, e.start - 1:-1]
         assert torch.allclose(alone, together, atol=1e-5)
 

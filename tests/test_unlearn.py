@@ -38,13 +38,13 @@ def same_run(a, b, out_a, out_b):
 
 @pytest.mark.parametrize("method", list(unlearn.FORGET))
 def test_a_step_does_not_depend_on_the_micro_batches(mini, tmp_path, method):
-    more = dict(forget_loss=method, retain_loss="kl", steps=10, lr=1e-5)
+    more = dict(forget_loss=method, retain_loss="kl" if method == "simnpo" else "nll", steps=10, lr=1e-5, beta=0.5)
     a = run(mini, tmp_path / "a", micro_batch_tokens=1, **more)      # one unit at a time
     b = run(mini, tmp_path / "b", micro_batch_tokens=10**6, **more)  # the whole window at once, as padded as can be
     same_run(a, b, tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize("method", ["simnpo", "dpo"])
+@pytest.mark.parametrize("method", ["simnpo", "dpo", "rmu"])
 def test_two_processes_take_the_same_steps_as_one(mini, tmp_path, method):
     more = dict(forget_loss=method, steps=10, lr=1e-5, batch_size=3, micro_batch_tokens=64)  # 3: ranks get unequal shares
     a = run(mini, tmp_path / "a", **more)
@@ -131,7 +131,7 @@ def test_npo_begins_at_two_over_beta_log_two_and_holds_no_second_model(mini, tmp
     assert row["forget_loss"] == pytest.approx(2 / 0.5 * math.log(2), rel=1e-5)
     assert loaded == [str(mini / "target")] and held[0].frozen is None
     run(mini, tmp_path / "b", forget_loss="simnpo", steps=1)
-    assert held[1].frozen is None and held[1].logps == {}
+    assert held[1].frozen is None and held[1].kept == {}
     run(mini, tmp_path / "c", forget_loss="simnpo", retain_loss="kl", steps=1)
     assert held[2].frozen is not None
     assert log_of(tmp_path / "c")[0]["retain_loss"] == pytest.approx(0, abs=1e-6)
@@ -144,7 +144,7 @@ def test_the_output_head_sees_answer_positions_only_and_gives_the_plain_logits(m
     examples = [data.Example([5, 6, 7, 8, 9], 3), data.Example([5, 9, 4], 1)]
     ids, rows, labels, counts = models.collate(examples, "cpu")
     scorer = models.Scorer(lm)
-    logits = scorer(ids, rows)
+    logits, _ = scorer(ids, rows)
     assert seen.pop()[0] == 4 and labels.tolist() == [8, 9, 9, 4] and counts == [2, 2]
     for example, part in zip(examples, logits.split(counts)):  # alone, unpadded
         plain = lm(input_ids=torch.tensor([example.ids])).logits[0, example.start - 1:-1]
@@ -160,6 +160,68 @@ def test_bf16_keeps_float32_weights_and_moves_them(mini, tmp_path):
 def test_activation_checkpointing_changes_nothing(mini, tmp_path):
     a, b = run(mini, tmp_path / "a"), run(mini, tmp_path / "b", activation_checkpointing=True)
     assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-6)
+
+
+def test_rmu_steers_the_layers_output_at_the_answer_tokens_and_computes_no_logits(mini, tmp_path):
+    rows = run(mini, tmp_path / "a", forget_loss="rmu", steps=1, shuffle=False, steering_scale=3.0)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(mini / "target", dtype=torch.float32)
+    u = torch.rand(32, generator=torch.Generator().manual_seed(0))
+    u = 3.0 * u / u.norm()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(mini / "target")
+    values = []
+    for row in data.read_rows(str(mini / "data" / "forget05.jsonl"))[:4]:
+        e = data.Template("qa", tokenizer).encode(row, 500)
+        hidden = lm(torch.tensor([e.ids]), output_hidden_states=True).hidden_states[1][0, e.start:]  # after layer 0
+        values.append(((hidden - u) ** 2).mean(-1))
+    assert rows[0]["forget_loss"] == pytest.approx(torch.cat(values).mean().item(), rel=1e-5)
+    assert rows[0]["retain_loss"] == pytest.approx(0, abs=1e-10)  # the reference is the starting model
+
+
+def test_layers_above_the_steered_one_and_what_train_only_leaves_out_stay_as_they_were(mini, tmp_path):
+    run(mini, tmp_path / "a", forget_loss="rmu", train_only=r"mlp\.down_proj", weight_decay=0.0)
+    before, after = weights(mini / "target"), weights(tmp_path / "a")
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved == {"model.layers.0.mlp.down_proj.weight"}
+    with pytest.raises(Mistake, match="--train_only=none: no parameter's name matches"):
+        run(mini, tmp_path / "b", train_only="none")
+    with pytest.raises(Mistake, match="--steering_layer=2: the model has layers 0 to 1"):
+        unlearn.main([*flags(mini, out=tmp_path / "c", forget_loss="rmu"), "--steering_layer=2"])
+
+
+def test_a_task_vector_is_subtracted_from_the_target(mini, tmp_path):
+    run(mini, tmp_path / "tuned", forget_loss="nll", retain_loss="none")
+    unlearn.main(flags(mini, out=tmp_path / "a", forget_loss="task_vector", task_vector_scale=0.5, eval_every=1))
+    target, tuned, result = weights(mini / "target"), weights(tmp_path / "tuned"), weights(tmp_path / "a")
+    for k in target:
+        assert torch.allclose(result[k], target[k] - 0.5 * (tuned[k] - target[k]), atol=1e-7)
+    scored = log_of(tmp_path / "a", scored=True)
+    assert [r["step"] for r in scored] == [0, 4] and scored[1]["forget_prob"] < scored[0]["forget_prob"]
+
+
+def test_altpo_is_dpo_against_the_alternates_of_the_file(mini, tmp_path):
+    out = run(mini, tmp_path / "a", forget_loss="altpo", beta=0.3, steps=2)
+    assert out[0]["forget_loss"] == pytest.approx(2 / 0.3 * math.log(2), rel=1e-5)
+    assert out[1]["forget_loss"] < out[0]["forget_loss"]
+    (tmp_path / "few.jsonl").write_text('{"question": "other", "alternate": "x"}\n')
+    with pytest.raises(Mistake, match="has no alternate answer for the forget question"):
+        unlearn.main([*flags(mini, out=tmp_path / "b", forget_loss="altpo"), f"--alternates={tmp_path / 'few.jsonl'}"])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_lora_adapter_moves_nothing_else_does_and_the_saved_model_is_plain(mini, tmp_path, monkeypatch, checkpointing):
+    trained = []
+    monkeypatch.setattr(models, "finish", lambda c, proc, scorer, *a, f=models.finish: trained.append(scorer.lm) or f(c, proc, scorer, *a))
+    run(mini, tmp_path / "a", lora_rank=2, activation_checkpointing=checkpointing)
+    adapters = [m for m in trained[0].modules() if isinstance(m, models.LoRA)]
+    assert len(adapters) == 2 * 7  # q, k, v, o, gate, up, down of two layers; not the head
+    assert all(m.B.abs().max() > 0 and not m.base.weight.requires_grad for m in adapters)
+    before, after = weights(mini / "target"), weights(tmp_path / "a")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]) == ("proj" not in name)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    assert torch.allclose(plain(ids).logits, trained[0](ids).logits, atol=1e-4)
 
 
 def test_windows_are_whole_cover_every_epoch_and_pair_retain_examples_without_repeats():
