@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from typing import Callable, Literal
 
 import numpy as np
@@ -347,6 +348,8 @@ def table(rows):
 
 
 def number(x):
+    if isinstance(x, tuple):
+        return f"{number(x[0])} ± {number(x[1])}"
     return "-" if x is None else f"{x:.2e}" if 0 < abs(x) < 1e-3 else f"{x:.4f}"
 
 
@@ -368,14 +371,17 @@ def picture(path, curves, points, x, y):
     for label, rows in curves.items():
         rows = [r for r in rows if x in r and y in r]
         axes.plot([r[x] for r in rows], [r[y] for r in rows], ".-", label=label)
-        for r in rows if x != "epoch" else []:
-            axes.annotate(f"{r['epoch']:g}", (r[x], r[y]), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        if rows and x != "epoch":
+            axes.annotate(f"epoch {rows[-1]['epoch']:g}", (rows[-1][x], rows[-1][y]), fontsize=8, xytext=(4, -10),
+                          textcoords="offset points")
     for label, r in points.items():
         if x in r and y in r:
             axes.plot(r[x], r[y], "*" if "retain" in label else "s", markersize=12 if "retain" in label else 7, label=label)
     if y == "forget_quality":
         axes.set_yscale("log")
         axes.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")  # above: cannot be told from the retain model
+    if x == "model_utility":
+        axes.set_xlim(0, 1)  # the whole range: a loss of two per cent should look like one
     axes.set_xlabel(x.replace("_", " "))
     axes.set_ylabel(y.replace("_", " "))
     axes.legend(fontsize=8)
@@ -465,7 +471,20 @@ def main(argv):
             save_scores(places[name], scores, records)
         rows[labels[name]], every[labels[name]] = scores, records
     proc.say(samples(every) + "\n\n" + table(rows))
+    if spread := over_seeds(rows):
+        proc.say("\nmean and standard deviation over seeds\n\n" + table(spread))
     models.cleanup()
+
+
+def over_seeds(rows):
+    """{name: {score: (mean, standard deviation)}} of runs that are called alike but for a last _s0, _s1, _seed2, ..."""
+    groups = {}
+    for label, scores in rows.items():
+        if m := re.fullmatch(r"(.+?)_s(?:eed)?\d+", label):
+            groups.setdefault(m[1], []).append(scores)
+    return {f"{name} (n={len(g)})": {k: (float(np.mean(v)), float(np.std(v, ddof=1))) for k in g[0]
+                                    if len(v := [scores[k] for scores in g if k in scores]) > 1}
+            for name, g in groups.items() if len(g) > 1}
 
 
 def name_runs(names):

@@ -161,10 +161,23 @@ def make(cls, given):
 
 
 def run(main):
-    """Call main(argv); a mistake or failure becomes one sentence (printed by rank 0 only) and an exit status."""
+    """Call main(argv); what goes wrong becomes one sentence (printed by rank 0 only) and an exit status.
+
+    2: a mistake in what was asked for. 1: a failure while running, a full disk or memory among them. A bug keeps its traceback.
+    """
     try:
         main(sys.argv[1:])
-    except (Mistake, Failure) as e:
+    except Exception as e:
+        text = str(e)
+        if isinstance(e, OSError) and e.strerror:
+            text = f"{e.filename or 'the file system'}: {e.strerror}."
+        elif type(e).__name__ == "OutOfMemoryError":
+            text = f"out of memory ({text.splitlines()[0]}) Lower --micro_batch_tokens: the result stays the same."
+        elif not isinstance(e, (Mistake, Failure)):
+            raise
         if os.environ.get("RANK", "0") == "0":
-            print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
+            print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr)
         sys.exit(2 if isinstance(e, Mistake) else 1)
+    except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted.", file=sys.stderr)
+        sys.exit(130)

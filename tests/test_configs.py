@@ -98,3 +98,17 @@ def test_the_loader_needs_the_standard_library_only():
     tree = ast.parse(Path(configs.__file__).read_text())
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     assert names <= {"dataclasses", "difflib", "inspect", "os", "re", "runpy", "sys", "types", "typing"}
+
+
+@pytest.mark.parametrize("error, status, text", [
+    (Mistake("write this"), 2, "write this"), (configs.Failure("it broke"), 1, "it broke"), (KeyboardInterrupt(), 130, "interrupted"),
+    (OSError(28, "No space left on device", "out/x"), 1, "out/x: No space left on device."),
+    (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), 1, "Lower --micro_batch_tokens")])
+def test_what_goes_wrong_is_a_sentence_and_an_exit_status_and_a_bug_keeps_its_traceback(error, status, text, capsys):
+    def broken(argv):
+        raise error
+    with pytest.raises(SystemExit) as e:
+        configs.run(broken)
+    assert e.value.code == status and text in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        configs.run(lambda argv: 1 / 0)
