@@ -1,8 +1,9 @@
-"""Attack unlearned models: how fast does what was forgotten come back?
+"""Attack unlearned models: does what was forgotten come back?
 
     python relearn.py out/demo                                   # fine-tune on 20 % of the forget set, score the other 80 %
-    python relearn.py out/demo --choose=random,shortest --seeds=0,1,2
-    python relearn.py org/model --benchmark=tofu --subset=forget05 --template=llama2 --retain_model=org/retain
+    python relearn.py out/demo --attacks=relearn_random,relearn_shortest,int8,int4,nf4,fp4,paraphrase --seeds=0,1,2
+    python relearn.py out/books --steps=100 --eval_at=50,75,100 --fraction=1 --lr=1e-5 --batch_size=4   # MUSE's protocol
+    python relearn.py org/model --benchmark=tofu --subset=forget05 --template=llama2 --model=org/target --retain_model=org/retain
 
 The retain model, which never saw any of it, is attacked the same way: what it learns is no memory coming back.
 A run directory brings its own settings; curves go to its relearn.json and relearn.png (or below --out).
@@ -11,6 +12,8 @@ import dataclasses
 import json
 import os
 import random
+
+import numpy as np
 
 import configs
 import data
@@ -23,55 +26,150 @@ from configs import Mistake
 @dataclasses.dataclass(frozen=True)
 class Config(unlearn.Config):
     # the attack
-    choose: tuple[str, ...] = ("random",)  # which forget examples are learned again: random, shortest (answers)
-    fraction: float = 0.2  # how many of them
-    seeds: tuple[int, ...] = (0,)  # one curve a seed
+    attacks: tuple[str, ...] = ("relearn_random",)  # any of the table ATTACKS below
+    fraction: float = 0.2  # relearn: how many of the forget examples are learned again
+    examples: int | None = None  # relearn: how many, as a number
+    relearn_data: str | None = None  # relearn: fine-tune on these rows instead (benign data)
+    seeds: tuple[int, ...] = (0,)  # relearn: one curve a seed
     control: bool = True  # attack the retain model too
-    utility: bool = False  # score the other sets at each epoch too
+    utility: bool = False  # score the other sets after each attack too
     # optimisation, where an attack differs from unlearning; lr, weight_decay, adam_beta2 and grad_clip are the run's own
     epochs: float = 10.0
     batch_size: int = 4
 
     def problems(self):
         yield from super().problems()
-        wrong = [name for name in self.choose if name not in CHOOSE]
-        yield wrong or not self.choose, f"--choose={','.join(self.choose)}: any of {', '.join(CHOOSE)}."
+        wrong = [name for name in self.attacks if name not in ATTACKS]
+        yield wrong or not self.attacks, f"--attacks={','.join(self.attacks)}: any of {', '.join(ATTACKS)}."
         yield not 0 < self.fraction <= 1, f"--fraction={self.fraction}: must be above 0 and at most 1."
+        yield self.examples is not None and self.examples < 1, f"--examples={self.examples}: must be at least 1."
         yield not self.seeds, "--seeds=: name at least one."
+        yield self.relearn_data and not os.path.isfile(self.relearn_data), f"--relearn_data={self.relearn_data}: no such file."
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attacks: (a, choose or grid) -> rows of {step, epoch, scores}; every one scores through the same evaluate
+
+
+@dataclasses.dataclass
+class Attacked:
+    """What an attack works on: one model, its data and what it is compared with."""
+    c: Config
+    proc: models.Process
+    name: str  # the model
+    label: str
+    bench: data.Benchmark
+    retain: list  # the retain model's records, or None
+    seed: int
+
+    def score(self, scorer, tokenizer, seen=()):
+        scores, records = evaluate.evaluate(scorer, tokenizer, self.bench, self.c, self.proc, self.retain)
+
+        def unseen(records):
+            return [r for r in records if r["set"] == "forget" and (r.get("question") or r.get("answer")) not in seen]
+        if seen and unseen(records):
+            others = evaluate.summarize(unseen(records), unseen(self.retain) if self.retain else None, self.c)
+            scores |= {f"unseen_{k}": v for k, v in others.items()}
+        return scores
+
+
+def answer_length(example):
+    return len(example.ids) - example.start
 
 
 CHOOSE = {  # (examples, k, rng) -> k indices
     "random": lambda examples, k, rng: rng.sample(range(len(examples)), k),
-    "shortest": lambda examples, k, rng: sorted(range(len(examples)), key=lambda i: len(examples[i].ids) - examples[i].start)[:k],
+    "shortest": lambda examples, k, rng: sorted(range(len(examples)), key=lambda i: answer_length(examples[i]))[:k],
+    "longest": lambda examples, k, rng: sorted(range(len(examples)), key=lambda i: -answer_length(examples[i]))[:k],
 }
 
 
-def attack(c, proc, name, label, bench, retain, choose, seed):
-    """Fine-tune one model on some forget examples with the project's own loop; the curve, one row a scored epoch."""
-    scorer, tokenizer = evaluate.load(name, c, proc)
-    examples, rows = unlearn.encode_sets(c, tokenizer, proc, forget=bench.forget, retain=[])
-    k = max(1, round(c.fraction * len(examples["forget"])))
-    chosen = CHOOSE[choose](examples["forget"], k, random.Random(f"{seed} relearn"))
-    seen = {rows["forget"][i].get("question") or rows["forget"][i]["text"] for i in chosen}
+def relearn(a, choose):
+    """Fine-tune on some forget examples (or on benign rows) with the project's own loop; scored at each epoch."""
+    scorer, tokenizer = evaluate.load(a.name, a.c, a.proc)
+    rows = data.read_own(a.c.relearn_data) if a.c.relearn_data else a.bench.forget
+    examples, kept = unlearn.encode_sets(a.c, tokenizer, a.proc, forget=rows, retain=[])
+    n = len(examples["forget"])
+    k = min(n, a.c.examples or max(1, round(a.c.fraction * n)))
+    chosen = CHOOSE[choose](examples["forget"], k, random.Random(f"{a.seed} relearn"))
+    seen = {kept["forget"][i].get("question") or kept["forget"][i].get("text") for i in chosen if i < len(kept["forget"])}
     examples["forget"] = [examples["forget"][i] for i in chosen]
     curve = []
 
-    def unseen(records):
-        return [r for r in records if r["set"] == "forget" and (r.get("question") or r.get("answer")) not in seen]
-
     def on_score(step, epoch):
-        scores, records = evaluate.evaluate(scorer, tokenizer, bench, c, proc, retain)
-        others = evaluate.summarize(unseen(records), unseen(retain) if retain else None, c) if unseen(records) else {}
-        scores |= {f"unseen_{k}": v for k, v in others.items()}
-        curve.append({"attack": f"relearn_{choose}", "model": label, "seed": seed, "step": step, "epoch": epoch} | scores)
-        return scores
+        curve.append({"step": step, "epoch": epoch} | a.score(scorer, tokenizer, seen))
+        return curve[-1]
 
-    c = dataclasses.replace(c, seed=seed, out=os.path.join(c.out, "relearn", f"{label}_{choose}_{seed}"))
-    if proc.rank == 0:
+    c = dataclasses.replace(a.c, seed=a.seed, out=os.path.join(a.c.out, "relearn", f"{a.label}_{choose}_{a.seed}"))
+    if a.proc.rank == 0:
         os.makedirs(c.out, exist_ok=True)
-    proc.barrier()
-    unlearn.train(c, proc, scorer, examples, on_score, title=f"relearn {label}")
+    a.proc.barrier()
+    unlearn.train(c, a.proc, scorer, examples, on_score, title=f"relearn {a.label}")
     return curve
+
+
+def quantize(a, grid):
+    """Round the weights of all linear layers but the output head to a coarse grid (arXiv 2410.16454: forgetting may vanish)."""
+    scorer, tokenizer = evaluate.load(a.name, a.c, a.proc)
+    models.quantize(scorer.lm, grid)
+    return [{"step": 0, "epoch": 0.0} | a.score(scorer, tokenizer)]
+
+
+def paraphrase(a, _):
+    """Ask otherwise than in training. No forget quality: the retain reference was asked the plain questions."""
+    rows = a.bench.evals["forget"]
+    if not all("paraphrased_question" in row for row in rows):
+        raise Mistake("--attacks=paraphrase: the forget set has no column paraphrased_question.")
+    bench = dataclasses.replace(a.bench, evals={"forget": [row | {"question": row["paraphrased_question"]} for row in rows]})
+    a = dataclasses.replace(a, bench=bench, retain=None)
+    return [{"step": 0, "epoch": 0.0} | a.score(*evaluate.load(a.name, a.c, a.proc))]
+
+
+ATTACKS = {f"relearn_{name}": (relearn, name) for name in CHOOSE}
+ATTACKS |= {name: (quantize, name) for name in models.GRIDS} | {"paraphrase": (paraphrase, None)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the report
+
+
+def recovered(attacked, unlearned, target):
+    """(attacked - unlearned) / (target - unlearned): 0 = stays forgotten, 1 = all is back. None where the model had forgotten
+    so little (a difference below 0.05) that the share means nothing."""
+    return (attacked - unlearned) / (target - unlearned) if abs(target - unlearned) >= 0.05 else None
+
+
+def report(place, label, curves, target, proc):
+    """The table (before unlearning, after, after each attack, retain model; mean and spread over seeds) and the picture."""
+    keys = [k for k in SHOWN if any(k in row for row in curves)]
+    groups = {}
+    for row in curves:
+        groups.setdefault((row["model"], row["attack"]), {}).setdefault(row["seed"], []).append(row)
+    lines = {"before unlearning": {k: target[k] for k in keys if target and k in target}}
+    for (model, name), seeds in groups.items():
+        for which, i in (("at the start", 0), ("after", -1)):
+            ends = [rows[i] for rows in seeds.values()]
+            if i == 0 and not name.startswith("relearn"):
+                continue
+            lines[f"{model}, {which} {name}"] = line = {k: spread([r[k] for r in ends]) for k in keys if all(k in r for r in ends)}
+            start = groups.get((label, next((n for m, n in groups if m == label and n.startswith("relearn")), None)))
+            if target and model == label and i == -1 and (start or name.startswith("relearn")):
+                first = next(iter(start.values()))[0]
+                shares = [recovered(r.get("unseen_forget_prob", r["forget_prob"]),
+                                    first.get("unseen_forget_prob", first["forget_prob"]), target["forget_prob"]) for r in ends]
+                line["recovered"] = None if None in shares else spread(shares)
+    proc.say("\n" + evaluate.table(lines))
+    drawn = {f"{m}, {n}, seed {s}": rows for (m, n), seeds in groups.items() for s, rows in seeds.items() if len(rows) > 1}
+    if drawn:
+        evaluate.picture(os.path.join(place, "relearn.png"), drawn, {}, "epoch", keys[0])
+
+
+SHOWN = ("unseen_forget_prob", "unseen_forget_rouge", "forget_prob", "forget_rouge", "forget_quality", "model_utility",
+         "verbmem_f", "knowmem_f", "knowmem_r", "privleak")
+
+
+def spread(values):
+    return (float(np.mean(values)), float(np.std(values, ddof=1))) if len(values) > 1 else values[0]
 
 
 def main(argv):
@@ -81,45 +179,33 @@ def main(argv):
     for name in names:
         models.check_name(name, "model")
     run = models.read_json(os.path.join(names[0], "run.json"))
-    own = {k: run[k] for k in ("lr", "weight_decay", "adam_beta2", "grad_clip") if k in run}
+    own = {k: run[k] for k in ("lr", "weight_decay", "adam_beta2", "grad_clip", "model") if k in run}
     fixed = {"forget_loss": "nll", "retain_loss": "none", "forget_weight": 1.0}
     c = configs.make(Config, own | evaluate.inherit(evaluate.Config, names, given) | given | fixed)
     proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark == "demo" else None)
     labels = evaluate.name_runs(names)
     bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data)
-    if not c.utility:
+    if not c.utility and "forget" in bench.evals:
         bench.evals = {"forget": bench.evals["forget"]}
     if not c.retain_model and c.control:
         proc.say("No retain_model: there is no control, so what is relearned cannot be told from what is newly learned.")
     for name in names:
-        place = evaluate.place(name, labels, given, len(names))
-        c = dataclasses.replace(c, out=place)
+        c = dataclasses.replace(c, out=evaluate.place(name, labels, given, len(names)))
         retain = evaluate.retain_reference(c, proc, bench)
+        target = evaluate.summarize(evaluate.reference(c, proc, c.model, bench), retain, c) if c.model else {}
         curves = []
-        for choose in c.choose:
-            for seed in c.seeds:
-                curves += attack(c, proc, name, labels[name], bench, retain, choose, seed)
-                if c.control and c.retain_model:
-                    curves += attack(c, proc, c.retain_model, "retain model", bench, retain, choose, seed)
+        for attack in c.attacks:
+            act, how = ATTACKS[attack]
+            for seed in c.seeds if act is relearn else c.seeds[:1]:
+                for model, label in ((name, labels[name]), (c.retain_model, "retain model"))[:2 if c.control and c.retain_model else 1]:
+                    rows = act(Attacked(c, proc, model, label, bench, retain, seed), how)
+                    curves += [{"attack": attack, "model": label, "seed": seed} | row for row in rows]
         if proc.rank == 0:
-            os.makedirs(place, exist_ok=True)
-            models.write(os.path.join(place, "relearn.json"), json.dumps(curves, indent=1) + "\n")
-            show(place, curves, proc)
+            os.makedirs(c.out, exist_ok=True)
+            models.write(os.path.join(c.out, "relearn.json"), json.dumps(curves, indent=1) + "\n")
+            report(c.out, labels[name], curves, target, proc)
+            proc.say(f"\n{c.out}: relearn.json, relearn.png")
     models.cleanup()
-
-
-def show(place, curves, proc):
-    """The table of the last scored epoch beside the first, and the picture of all of them."""
-    groups = {}
-    for row in curves:
-        groups.setdefault((row["model"], row["attack"], row["seed"]), []).append(row)
-    keys = [k for k in ("unseen_forget_prob", "unseen_forget_rouge", "forget_prob", "forget_rouge", "forget_quality")
-            if k in curves[0]]
-    proc.say("\n" + evaluate.table({f"{model}, {name}, seed {seed}, epoch {r['epoch']:g}": {k: r[k] for k in keys}
-                                    for (model, name, seed), group in groups.items() for r in (group[0], group[-1])}))
-    evaluate.picture(os.path.join(place, "relearn.png"), {", ".join(map(str, g)): rows for g, rows in groups.items()}, {},
-                     "epoch", keys[0])
-    proc.say(f"\n{place}: relearn.json, relearn.png")
 
 
 if __name__ == "__main__":

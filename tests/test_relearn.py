@@ -2,8 +2,10 @@
 import json
 
 import pytest
+import torch
 from conftest import flags
 
+import model as models
 import relearn
 import unlearn
 from configs import Mistake
@@ -22,9 +24,9 @@ def curves(out):
 
 def test_relearning_scores_unseen_and_all_questions_at_each_epoch_with_the_retain_model_as_control(run, capsys):
     log = (run / "log.jsonl").read_text()
-    relearn.main([str(run), "--epochs=3", "--batch_size=2", "--fraction=0.34", "--lr=0.01", "--choose=random,shortest", "--seeds=1,2"])
+    relearn.main([str(run), "--epochs=3", "--batch_size=2", "--fraction=0.34", "--lr=0.01", "--attacks=relearn_random,relearn_shortest,int4,paraphrase", "--seeds=1,2"])
     rows = curves(run)
-    groups = {(r["attack"], r["model"], r["seed"]) for r in rows}
+    groups = {(r["attack"], r["model"], r["seed"]) for r in rows if r["attack"].startswith("relearn")}
     assert groups == {(a, m, s) for a in ("relearn_random", "relearn_shortest") for m in ("run", "retain model") for s in (1, 2)}
     one = [r for r in rows if (r["attack"], r["model"], r["seed"]) == ("relearn_random", "run", 1)]
     assert [r["epoch"] for r in one] == [0, 1, 2, 3] and [r["step"] for r in one] == [0, 2, 4, 6]
@@ -35,7 +37,13 @@ def test_relearning_scores_unseen_and_all_questions_at_each_epoch_with_the_retai
     assert (run / "relearn.png").stat().st_size > 5000
     assert (run / "log.jsonl").read_text() == log  # the run's own log is left alone
     assert len(list(run.rglob("scores.json"))) == 1
-    assert "unseen_forget_prob" in capsys.readouterr().out
+    single = {r["attack"]: r for r in rows if r["model"] == "run" and not r["attack"].startswith("relearn")}
+    assert single.keys() == {"int4", "paraphrase"}
+    assert single["int4"]["forget_prob"] != start["forget_prob"] and "forget_quality" in single["int4"]
+    assert "forget_quality" not in single["paraphrase"]
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("before unlearning", "run, at the start relearn_random", "run, after relearn_shortest",
+                                          "run, after int4", "retain model, after paraphrase", "±"))
 
 
 def test_the_same_attack_gives_the_same_curve(run, tmp_path):
@@ -55,8 +63,57 @@ def test_shortest_takes_the_shortest_answers_and_random_follows_its_seed():
     assert draw[0] == draw[1] and len({tuple(d) for d in draw}) > 1 and all(len(set(d)) == 3 for d in draw)
 
 
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]  # the QLoRA paper's appendix
+
+
+@pytest.mark.parametrize("name, bits", [("int8", 8), ("int4", 4), ("nf4", 4), ("fp4", 4)])
+def test_quantization_rounds_each_block_to_its_nearest_grid_point_as_a_plain_loop_does(name, bits):
+    grid = {"int8": [i / 127 for i in range(-127, 128)], "int4": [i / 7 for i in range(-7, 8)], "nf4": NF4,
+            "fp4": [s * v for s in (1, -1) for v in (0, 0.0052083333, 0.16666667, 0.25, 0.33333333, 0.5, 0.66666667, 1)]}[name]
+    assert len(set(grid)) <= 2 ** bits
+    torch.manual_seed(0)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = torch.nn.Linear(50, 7), torch.nn.Linear(7, 3)  # 350 weights: the last block is short
+            self.device = torch.device("cpu")
+
+        def get_output_embeddings(self):
+            return self.head
+    net = Net()
+    before, head, bias = net.layer.weight.detach().flatten().tolist(), net.head.weight.clone(), net.layer.bias.clone()
+    models.quantize(net, name)
+    after = net.layer.weight.detach().flatten().tolist()
+    for start in range(0, 350, 64):
+        block = before[start:start + 64]
+        scale = max(map(abs, block))
+        for old, new in zip(block, after[start:start + 64]):
+            best = min(abs(old - g * scale) for g in grid)
+            assert abs(old - new) == pytest.approx(best, abs=1e-6) and any(abs(new - g * scale) < 1e-6 for g in grid)
+    assert torch.equal(net.head.weight, head) and torch.equal(net.layer.bias, bias)
+
+
+def test_recovered_is_the_share_that_came_back_and_is_left_out_where_it_means_nothing():
+    assert relearn.recovered(0.5, 0.1, 0.9) == pytest.approx(0.5)
+    assert relearn.recovered(0.1, 0.1, 0.9) == 0 and relearn.recovered(0.5, 0.48, 0.5) is None
+
+
+def test_benign_rows_can_be_learned_instead_and_a_number_of_examples_given(mini, run, tmp_path):
+    relearn.main([str(run), f"--relearn_data={mini / 'data' / 'retain95.jsonl'}", "--examples=5", "--epochs=2", "--batch_size=5",
+                  "--control=False", f"--out={tmp_path}"])
+    assert [r["step"] for r in curves(tmp_path)] == [0, 1, 2]
+
+
+def test_an_attack_can_follow_muses_step_protocol_with_adapters_only(run, tmp_path):
+    relearn.main([str(run), "--steps=5", "--eval_at=2,3", "--fraction=1", "--lora_rank=2", "--control=False", f"--out={tmp_path}"])
+    assert [r["step"] for r in curves(tmp_path)] == [0, 2, 3, 5]
+
+
 @pytest.mark.parametrize("argv, sentence", [
-    ([], "name at least one run directory"), (["out/none"], "no such directory"), (["{run}", "--choose=best"], "any of random, shortest"),
+    ([], "name at least one run directory"), (["out/none"], "no such directory"), (["{run}", "--attacks=best"], "any of relearn_random"),
     (["{run}", "--fraction=0"], "above 0"), (["{run}", "--epochs=0.1"], "0 optimizer steps")])
 def test_a_mistaken_attack_is_one_sentence(run, argv, sentence):
     with pytest.raises(Mistake, match=sentence):
