@@ -25,6 +25,7 @@ class Benchmark:
     evals: dict   # {set name: rows to score}; TOFU's sets are forget, retain, real_authors, world_facts
     full: list = dataclasses.field(default_factory=list)         # what a target model is fine-tuned on
     retain_full: list = dataclasses.field(default_factory=list)  # ... and a retain-only model
+    holdout: list = dataclasses.field(default_factory=list)      # rows like forget that no model was trained on: membership
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -72,12 +73,14 @@ def check_rows(rows, where, columns):
     return rows
 
 
-def read_config(source, config, columns, split="train"):
-    """One config of a data set: `<config>.json(l)` or `<config>/<split>.json(l)/.txt` of a directory, or of a hub data set."""
+def read_config(source, config, columns, split="train", missing=None):
+    """`missing`, if given, stands for a config that is not there. One config of a data set: `<config>.json(l)` or `<config>/<split>.json(l)/.txt` of a directory, or of a hub data set."""
     if os.path.isdir(source):
         names = [f"{config}{ext}" for ext in (".json", ".jsonl")]
         names += [os.path.join(config, f"{split}{ext}") for ext in (".json", ".jsonl", ".txt")]
         paths = [p for p in (os.path.join(source, n) for n in names) if os.path.isfile(p)]
+        if not paths and missing is not None:
+            return missing
         if not paths:
             raise Mistake(f"{source} has none of {', '.join(names)}; --data= takes a hub id or a directory with these.")
         return check_rows(read_rows(paths[0]), paths[0], columns)
@@ -88,6 +91,8 @@ def read_config(source, config, columns, split="train"):
     try:
         rows = datasets.load_dataset(repo, config, split=split, revision=revision or None).to_list()
     except Exception as e:
+        if missing is not None:
+            return missing
         raise Mistake(f"{source}, config {config}: the hub did not give it ({type(e).__name__}: {str(e).splitlines()[0]}); "
                       "check the id and the network, or give a local directory with --data=DIR.") from None
     return check_rows(rows, f"{source}, config {config}", columns)
@@ -135,6 +140,7 @@ def load_tofu(source, subset, train=True, score=True):
             "retain": read_config(source, "retain_perturbed", columns + ("paraphrased_answer",)),
             "real_authors": read_config(source, "real_authors_perturbed", columns),
             "world_facts": read_config(source, "world_facts_perturbed", columns)}
+        bench.holdout = read_config(source, f"holdout{subset[6:]}", QA, missing=[])
     return bench
 
 

@@ -14,14 +14,17 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from typing import Callable, Literal
 
 import numpy as np
 import scipy.stats
+import torch
 from rouge_score import rouge_scorer
 
 import configs
 import data
+import losses
 import model as models
 from configs import Mistake
 
@@ -52,6 +55,7 @@ class Config:
     eval_at: tuple[int, ...] = ()  # score at these optimizer steps instead
     eval_rows: int | None = None  # score the first rows of each set only (the TOFU paper: 300); None = all
     max_new_tokens: int | None = None  # None = the protocol's: TOFU 200
+    audits: bool = False  # memorization and membership inference too, against the holdout set; never inside training
     retain_log: str | None = None  # recorded log of a retain model, instead of retain_model
     # run
     out: str | None = None  # the run directory; None = out/<benchmark>_<subset>_<forget_loss>
@@ -173,7 +177,9 @@ def extraction_strength(correct):
 
 OPTIONS = ("real_authors", "world_facts")  # sets whose probability is taken among the given wrong answers
 TOFU_HEADLINE = ("forget_quality", "model_utility", "forget_prob", "forget_rouge")
-ARROWS = {"forget_quality": "↑", "model_utility": "↑", "forget_prob": "↓", "forget_rouge": "↓", "forget_truth_ratio": "↑"}
+ARROWS = {"forget_quality": "↑", "model_utility": "↑", "forget_prob": "↓", "forget_rouge": "↓", "forget_truth_ratio": "↑",
+          "exact_memorization": "↓", "extraction_strength": "↓", "privleak": "→ 0", **{f"mia_{k}": "→ 0.5" for k in
+          ("loss", "zlib", "min_k", "min_k_pp", "reference", "gradnorm")}}
 
 
 def record_qa(scorer, tokenizer, bench, c, proc):
@@ -216,12 +222,70 @@ def record_qa(scorer, tokenizer, bench, c, proc):
     return records
 
 
+def audit_tokens(logits, labels):
+    """(n, 4) of each answer token: log p, is it the first choice, mean and variance of log p under the model's distribution."""
+    logps = logits.float().log_softmax(-1)
+    p = logps.exp()
+    mean = (p * logps).sum(-1)
+    return torch.stack([logps.gather(-1, labels[:, None])[:, 0], (logits.argmax(-1) == labels).float(), mean,
+                        (p * logps.square()).sum(-1) - mean.square()], -1)
+
+
+def gradient_norm(scorer, example, proc):
+    """Mean over parameter tensors of the L2 norm of the gradient of the answer's mean NLL."""
+    ids, rows, labels, _ = models.collate([example], proc.device)
+    with proc.autocast():
+        loss = -losses.token_logps(scorer(ids, rows)[0], labels).mean()
+    parameters = [p for p in scorer.parameters() if p.requires_grad]
+    return float(torch.stack([g.norm() for g in torch.autograd.grad(loss, parameters)]).mean())
+
+
+def record_audits(scorer, tokenizer, bench, c, proc):
+    """One record an answer of the forget and the holdout set: memorization, and scores that are higher for a member."""
+    template = data.Template(c.template, tokenizer, c.system_prompt, c.date_string)
+    items = [(name, i, row, template.encode(row, c.max_length)) for name in ("forget", "holdout")
+             for i, row in enumerate(bench.evals.get(name, bench.holdout)[:c.eval_rows])]
+    items = [item for item in items if item[3]]
+    tokens = models.score(scorer, [e for *_, e in items], proc, c.micro_batch_tokens, audit_tokens, title="audits")
+    mine = {i: gradient_norm(scorer, items[i][3], proc) for i in range(proc.rank, len(items), proc.world)}
+    norms = {i: v for part in proc.gather(mine) for i, v in part.items()}
+    records = []
+    for k, ((name, i, row, _), (logp, correct, mean, variance)) in enumerate(zip(items, (t.T for t in tokens))):
+        nll = -float(logp.mean())
+        records.append({
+            "set": f"audit_{name}", "index": i, "nll": nll, "exact_memorization": exact_memorization(correct),
+            "extraction_strength": extraction_strength(correct), "loss": -nll, "min_k": min_k(logp),
+            "zlib": -nll / len(zlib.compress(row.get("answer", row.get("text")).encode())),
+            "min_k_pp": min_k(logp, plus_plus_stats=(mean, variance)), "gradnorm": -norms[k]})
+    return records
+
+
+def audit_scores(records, retain_records):
+    """Memorization of the forget set; AUC of telling it from the holdout set; PrivLeak against the retain model's AUC."""
+    forget, holdout = ([r for r in records if r["set"] == f"audit_{name}"] for name in ("forget", "holdout"))
+    scores = {k: float(np.mean([r[k] for r in forget])) for k in ("exact_memorization", "extraction_strength") if forget}
+    if not (forget and holdout):
+        return scores
+    for k in ("loss", "zlib", "min_k", "min_k_pp", "gradnorm"):
+        scores[f"mia_{k}"] = auc([r[k] for r in forget], [r[k] for r in holdout])
+    kept = {(r["set"], r["index"]): r["nll"] for r in retain_records or []}
+    if all((r["set"], r["index"]) in kept for r in forget + holdout):
+        by_reference = [[kept[r["set"], r["index"]] - r["nll"] for r in rows] for rows in (forget, holdout)]
+        scores["mia_reference"] = auc(*by_reference)
+        retrained = audit_scores([r for r in retain_records if r["set"].startswith("audit_")], None)["mia_min_k"]
+        if retrained < 1:  # a retain model that tells both apart without error leaves nothing to compare with
+            scores["privleak"] = privleak(scores["mia_min_k"], retrained)
+    return scores
+
+
 def tofu_scores(records, retain_records=None, c=None):
     """The flat dict of scores of records; forget_quality where the retain model's records are given."""
     sets, scores = {}, {}
     for r in records:
         sets.setdefault(r["set"], []).append(r)
     for name, rows in sets.items():
+        if name.startswith("audit_"):
+            continue
         prob = np.exp([-r["nll"] for r in rows])
         if name in OPTIONS:
             prob = prob / (prob + [np.exp(-np.array(r["perturbed_nll"])).sum() for r in rows])
@@ -237,7 +301,7 @@ def tofu_scores(records, retain_records=None, c=None):
         scores = {"model_utility": model_utility(nine)} | scores
     if retain_records and "forget_truth_ratio" in scores:
         scores = {"forget_quality": compare(sets["forget"], [r for r in retain_records if r["set"] == "forget"])} | scores
-    return scores
+    return scores | audit_scores(records, retain_records)
 
 
 def truth_ratios(rows):
@@ -262,6 +326,8 @@ def evaluate(scorer, tokenizer, bench, c, proc, retain_records=None):
     was_training = scorer.training
     scorer.eval()
     records = BENCHMARKS[c.benchmark].record(scorer, tokenizer, bench, c, proc)
+    if c.audits:
+        records += record_audits(scorer, tokenizer, bench, c, proc)
     scorer.train(was_training)
     return summarize(records, retain_records, c), records
 
@@ -301,8 +367,8 @@ def reference(c, proc, name, bench, tokenizer=None):
     The key is made of everything they depend on: the weights, the rows that are scored, the scoring settings.
     """
     settings = [getattr(c, k) for k in ("template", "system_prompt", "date_string", "max_length", "max_new_tokens",
-                                        "eval_rows", "dtype", "tokenizer")]
-    key = hashlib.sha256(json.dumps([models.fingerprint(name), bench.evals, settings]).encode()).hexdigest()[:16]
+                                        "eval_rows", "dtype", "tokenizer", "audits")]
+    key = hashlib.sha256(json.dumps([models.fingerprint(name), bench.evals, bench.holdout, settings]).encode()).hexdigest()[:16]
     path = os.path.join(os.path.dirname(os.path.normpath(c.out)), ".scored", f"{key}.jsonl")
     if not all(proc.gather(os.path.isfile(path))):
         scorer, tokenizer = load(name, c, proc)

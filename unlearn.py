@@ -477,18 +477,19 @@ def main(argv):
     if c.eval_every == 0 and not c.eval_at:
         train(c, proc, scorer, examples)
         return models.finish(c, proc, scorer, tokenizer)
-    retain = evaluate.retain_reference(c, proc, bench)
+    scoring = dataclasses.replace(c, audits=False)  # what needs gradients and a holdout set is evaluate.py's
+    retain = evaluate.retain_reference(scoring, proc, bench)
     if not retain and not c.forget_data:
         proc.say("No retain_model and no retain_log: forget quality is left out (evaluate.py can add it later).")
     last = {}
 
     def on_score(step, epoch):
         if step == 0:  # the target itself: scored once, whatever is unlearned from it
-            records = evaluate.reference(c, proc, c.model, bench)
+            records = evaluate.reference(scoring, proc, c.model, bench)
             scores = evaluate.summarize(records, retain, c)
             last["target"] = scores, records
         else:
-            scores, records = evaluate.evaluate(scorer, tokenizer, bench, c, proc, retain)
+            scores, records = evaluate.evaluate(scorer, tokenizer, bench, scoring, proc, retain)
             if c.keep_epochs and proc.rank == 0:
                 models.save_model(scorer.lm, tokenizer, os.path.join(c.out, f"epoch_{epoch:g}"))
         last["run"] = scores, records
@@ -497,7 +498,7 @@ def main(argv):
         return scores
 
     rows = train(c, proc, scorer, examples, on_score)
-    models.finish(c, proc, scorer, tokenizer, lambda: report(c, proc, rows, last, retain, bench))
+    models.finish(c, proc, scorer, tokenizer, lambda: report(scoring, proc, rows, last, retain, bench))
     models.cleanup()
 
 

@@ -52,7 +52,7 @@ def mini(tmp_path_factory):
     (root / "data").mkdir()
     for name, rows in {"full": retain + forget, "forget05": forget, "retain95": retain, "forget05_perturbed": forget,
                        "retain_perturbed": retain[:10], "real_authors_perturbed": rows_of(7, rng, 3),
-                       "world_facts_perturbed": rows_of(5, rng, 3)}.items():
+                       "world_facts_perturbed": rows_of(5, rng, 3), "holdout05": rows_of(8, rng)}.items():
         save_rows(root / "data" / f"{name}.jsonl", rows)
     save_rows(root / "alternates.jsonl", [{"question": r["question"], "alternate": [r["perturbed_answer"][0], "Nothing at all."]}
                                           for r in forget])

@@ -1,6 +1,8 @@
 """Scores: pytest tests/test_evaluate.py. Metrics by hand, recorded logs of real models, and the same score any way it is run."""
 import json
 import math
+import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from conftest import SHARED, flags, needs_shared, run_script
 import data
 import evaluate
 import model as models
+import unlearn
 from configs import Mistake
 
 PROC = models.Process(0, 1, torch.device("cpu"))
@@ -251,6 +254,53 @@ def test_a_retain_log_of_other_questions_is_refused(mini, tmp_path):
     path.write_text(path.read_text().replace("What does", "Why does"))
     with pytest.raises(Mistake, match="scored on other questions"):
         evaluate.main([str(mini / "target"), *eval_flags(mini, out=tmp_path / "x", retain_log=path)])
+
+
+def test_audits_equal_their_definitions_on_plain_forwards(mini, tmp_path):
+    """Every answer token, EOS included; scores are higher for a member; AUC by counting pairs."""
+    evaluate.main([str(mini / "target"), *eval_flags(mini, out=tmp_path, audits=True)])
+    scores = scores_of(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(mini / "target")
+    lms = {n: transformers.AutoModelForCausalLM.from_pretrained(mini / n, dtype=torch.float32) for n in ("target", "retain")}
+    values = {"forget": [], "holdout": []}
+    for name, file in (("forget", "forget05_perturbed"), ("holdout", "holdout05")):
+        for row in data.read_rows(str(mini / "data" / f"{file}.jsonl")):
+            e = data.Template("qa", tokenizer).encode(row, 500)
+            ids = torch.tensor([e.ids])
+            logits = {n: lm(ids).logits[0, e.start - 1:-1] for n, lm in lms.items()}
+            labels = ids[0, e.start:]
+            logps = {n: x.log_softmax(-1) for n, x in logits.items()}
+            own = {n: x.gather(1, labels[:, None])[:, 0] for n, x in logps.items()}
+            spread = torch.distributions.Categorical(logits=logits["target"])
+            surprise = -spread.entropy()  # the mean of log p under p
+            variance = (spread.probs * (logps["target"] - surprise[:, None]) ** 2).sum(-1)
+            standard = ((own["target"] - surprise) / variance.clamp(min=1e-6).sqrt()).sort().values
+            k = max(1, int(0.4 * len(labels)))
+            grads = torch.autograd.grad(-own["target"].mean(), list(lms["target"].parameters()))
+            right = (logits["target"].argmax(-1) == labels).tolist()
+            suffix = next((i for i in range(len(right)) if all(right[i:])), len(right))
+            values[name].append({
+                "em": np.mean(right), "es": 1 - suffix / len(right), "loss": own["target"].mean().item(),
+                "zlib": own["target"].mean().item() / len(zlib.compress(row["answer"].encode())),
+                "min_k": own["target"].sort().values[:k].mean().item(), "min_k_pp": standard[:k].mean().item(),
+                "reference": (own["target"].mean() - own["retain"].mean()).item(),
+                "gradnorm": -np.mean([g.norm().item() for g in grads])})
+    assert scores["exact_memorization"] == pytest.approx(np.mean([v["em"] for v in values["forget"]]))
+    assert scores["extraction_strength"] == pytest.approx(np.mean([v["es"] for v in values["forget"]]))
+    for key in ("loss", "zlib", "min_k", "min_k_pp", "reference", "gradnorm"):
+        pairs = [(a[key] > b[key]) + 0.5 * (a[key] == b[key]) for a in values["forget"] for b in values["holdout"]]
+        assert scores[f"mia_{key}"] == pytest.approx(np.mean(pairs), abs=1e-9), key
+    assert "privleak" in scores
+
+
+def test_without_a_holdout_the_membership_scores_are_left_out_and_training_never_audits(mini, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(mini / "data", folder)
+    (folder / "holdout05.jsonl").unlink()
+    evaluate.main([str(mini / "target"), *eval_flags(mini, out=tmp_path / "x", data=folder, audits=True)])
+    assert scores_of(tmp_path / "x").keys() == KEYS | {"exact_memorization", "extraction_strength"}
+    unlearn.main(flags(mini, out=tmp_path / "run", eval_every=1, audits=True))
+    assert scores_of(tmp_path / "run").keys() == KEYS
 
 
 def test_ask_prints_the_answers_side_by_side(mini, capsys):
