@@ -14,8 +14,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 
 import torch
 import torch.distributed as dist
@@ -270,12 +272,8 @@ def fingerprint(name):
         repo, revision = split_revision(name)
         path = transformers.utils.hub.cached_file(repo, "config.json", revision=revision)
         return os.path.basename(os.path.dirname(path))
-    digest = hashlib.sha256()
-    for file in sorted(f for f in os.listdir(name) if f.endswith(".safetensors") or f == "config.json"):
-        with open(os.path.join(name, file), "rb") as f:
-            for block in iter(lambda: f.read(1 << 24), b""):
-                digest.update(block)
-    return digest.hexdigest()
+    files = sorted(f for f in os.listdir(name) if f.endswith(".safetensors") or f == "config.json")
+    return " ".join(file_digest(os.path.join(name, f)) for f in files)
 
 
 def read_json(path):
@@ -325,35 +323,61 @@ def memory_gb(device):
 
 
 def checkpoint(c, proc, scorer, optimizer, scheduler, step):
-    """Everything needed to go on, in <out>/checkpoint; the old one is replaced only by a whole new one."""
+    """Everything needed to go on, in <out>/checkpoint. The old one leaves only when the new one is whole and on disk."""
     if proc.rank == 0:
-        folder = os.path.join(c.out, "checkpoint")
-        os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, "state.pt")
+        here, new, old = (os.path.join(c.out, name) for name in CHECKPOINTS)
         try:
-            with open(path + ".tmp", "wb") as f:
+            shutil.rmtree(new, ignore_errors=True)
+            os.makedirs(new)
+            path = os.path.join(new, "state.pt")
+            with open(path, "wb") as f:
                 torch.save({"step": step, "model": scorer.state_dict(), "optimizer": optimizer.state_dict(),
                             "scheduler": scheduler.state_dict()}, f)
                 f.flush()
                 os.fsync(f.fileno())
-            os.replace(path + ".tmp", path)
-        except OSError as e:
-            with contextlib.suppress(OSError):
-                os.remove(path + ".tmp")
-            raise Failure(f"{path}: the checkpoint of step {step} could not be written ({e.strerror}).") from None
+            write(os.path.join(new, "sha256"), file_digest(path))
+            shutil.rmtree(old, ignore_errors=True)
+            if os.path.isdir(here):
+                os.rename(here, old)
+            os.rename(new, here)
+            shutil.rmtree(old, ignore_errors=True)
+        except (OSError, RuntimeError) as e:  # torch wraps a full disk in a RuntimeError
+            shutil.rmtree(new, ignore_errors=True)
+            raise Failure(f"{c.out}: the checkpoint of step {step} could not be written ({str(e).splitlines()[0]}); the one "
+                          "before is untouched.") from None
     proc.barrier()
 
 
+CHECKPOINTS = ("checkpoint", "checkpoint.new", "checkpoint.old")  # a kill between two renames leaves one of the others
+
+
 def restore(c, scorer, optimizer, scheduler):
-    """The step a run was saved at, its state loaded; 0 where there is no checkpoint."""
-    path = os.path.join(c.out, "checkpoint", "state.pt")
-    if not os.path.isfile(path):
-        return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    scorer.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    return state["step"]
+    """The step a run was saved at, its state loaded; 0 where there is no checkpoint. A damaged one is refused by name."""
+    damaged = None
+    for name in CHECKPOINTS:
+        path = os.path.join(c.out, name, "state.pt")
+        if not os.path.isfile(path):
+            continue
+        digest = os.path.join(c.out, name, "sha256")
+        if not os.path.isfile(digest) or open(digest).read() != file_digest(path):
+            damaged = damaged or path
+            continue
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        scorer.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        return state["step"]
+    if damaged:
+        raise Failure(f"{damaged}: damaged, its checksum differs; --overwrite=True begins the run again.")
+    return 0
+
+
+def file_digest(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        for block in iter(lambda: f.read(1 << 24), b""):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def describe(c, proc):
@@ -399,7 +423,7 @@ def start(c, proc):
                 for name in os.listdir(c.out):
                     if name in RESULTS or name.startswith("model") and ".safetensors" in name:
                         os.remove(os.path.join(c.out, name))
-                shutil.rmtree(os.path.join(c.out, "checkpoint"), ignore_errors=True)
+                drop_checkpoints(c)
             write(os.path.join(c.out, "run.json"), json.dumps(describe(c, proc), indent=1) + "\n")
         except OSError as e:
             raise Mistake(f"--out={c.out}: cannot be written ({e.strerror}).") from None
@@ -414,8 +438,34 @@ def finish(c, proc, scorer, tokenizer, report=None):
         report()
     if proc.rank == 0:
         write(os.path.join(c.out, "run.json"), json.dumps(describe(c, proc) | {"finished": True}, indent=1) + "\n")
-        shutil.rmtree(os.path.join(c.out, "checkpoint"), ignore_errors=True)
+        drop_checkpoints(c)
     proc.barrier()
+
+
+def drop_checkpoints(c):
+    for name in CHECKPOINTS:
+        shutil.rmtree(os.path.join(c.out, name), ignore_errors=True)
+
+
+class Interrupt:
+    """While training alone: a first Ctrl-C or SIGTERM waits for the end of the step, a second one does not."""
+
+    def __init__(self, proc):
+        self.signal = None
+        self.watched = (signal.SIGINT, signal.SIGTERM) if (
+            proc.world == 1 and threading.current_thread() is threading.main_thread()) else ()
+
+    def __enter__(self):
+        self.before = [signal.signal(s, self.note) for s in self.watched]
+        return self
+
+    def note(self, number, frame):
+        self.signal = number
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for s, handler in zip(self.watched, self.before):
+            signal.signal(s, handler)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def main(argv):
         models.check_name(name, "model")
     run = models.read_json(os.path.join(names[0], "run.json"))
     own = {k: run[k] for k in ("lr", "weight_decay", "adam_beta2", "grad_clip", "model") if k in run}
-    fixed = {"forget_loss": "nll", "retain_loss": "none", "forget_weight": 1.0, "audits": False}
+    fixed = {"forget_loss": "nll", "retain_loss": "none", "forget_weight": 1.0, "audits": False, "resume": False}
     c = configs.make(Config, own | evaluate.inherit(evaluate.Config, names, given) | given | fixed)
     proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark == "demo" else None)
     labels = evaluate.name_runs(names)

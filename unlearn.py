@@ -323,49 +323,54 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
 
     windows = data.stream(n, len(examples["retain"]), c.batch_size, steps, c.seed, c.shuffle)
     bar = tqdm(total=steps, initial=first, desc=title or c.forget_loss, disable=proc.rank > 0 or None)
-    for step, window in enumerate(windows, 1):
-        if step <= first:
-            continue
-        began = time.perf_counter()
-        n_forget = count(method, [i for i, _ in window], examples)
-        n_retain = count(retain_method, [j for _, j in window], examples)
-        units = units_of(window, c)
-        rounds = deal(units, examples, c.micro_batch_tokens, proc.world)
-        totals = torch.zeros(2, device=proc.device)
-        for i, pieces in enumerate(rounds):
-            piece = pieces[proc.rank]
-            if proc.world > 1:  # all-reduce gradients on the last backward only
-                forward.require_backward_grad_sync = i == len(rounds) - 1
-            with proc.autocast():
-                loss, *parts = step_loss(forward, reference, piece or [units[0]], examples, c, n_forget, n_retain, proc.device)
-            if piece is None:  # a rank without work joins in with weight zero
-                loss = loss * 0
-            else:
-                totals += torch.stack(parts).detach()
-            (loss * proc.world).backward()  # times world, for DDP averages over ranks
-        norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip or math.inf)
-        if proc.world > 1:
-            torch.distributed.all_reduce(totals)
-        forget_loss, retain_loss, norm = torch.cat([totals, norm[None]]).tolist()  # the step's one host sync
-        if not all(map(math.isfinite, (forget_loss, retain_loss, norm))):
-            raise Failure(f"step {step}: forget loss {forget_loss}, retain loss {retain_loss}, gradient norm {norm}; forget "
-                          f"examples {[i for i, _ in window]}, retain examples {[j for _, j in window]}. Nothing of this "
-                          "step was applied; lower --lr, or see whether these rows are what you meant.")
-        row = {"step": step, "epoch": step / per_epoch, "loss": c.forget_weight * forget_loss + c.retain_weight * retain_loss,
-               "forget_loss": forget_loss, "retain_loss": retain_loss, "lr": scheduler.get_last_lr()[0], "grad_norm": norm}
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        tokens = sum(len(examples[kind][i].ids) for unit in units for kind, i in unit)
-        log.write(row | {"tokens_per_s": tokens / (time.perf_counter() - began), "memory_gb": models.memory_gb(proc.device)})
-        bar.set_postfix(forget=f"{forget_loss:.3f}", retain=f"{retain_loss:.3f}", refresh=False)
-        bar.update()
-        if step == steps and method.after:
-            method.after(scorer.lm, c)
-        if on_score and (step == steps if method.after else due(step, steps, c.eval_every, c.eval_at, per_epoch)):
-            log.write({"step": step, "epoch": step / per_epoch} | on_score(step, step / per_epoch))
-        if step < steps and due(step, steps, c.save_every, (), per_epoch):
-            models.checkpoint(c, proc, scorer, optimizer, scheduler, step)
+    with models.Interrupt(proc) as interrupt:
+        for step, window in enumerate(windows, 1):
+            if step <= first:
+                continue
+            began = time.perf_counter()
+            n_forget = count(method, [i for i, _ in window], examples)
+            n_retain = count(retain_method, [j for _, j in window], examples)
+            units = units_of(window, c)
+            rounds = deal(units, examples, c.micro_batch_tokens, proc.world)
+            totals = torch.zeros(2, device=proc.device)
+            for i, pieces in enumerate(rounds):
+                piece = pieces[proc.rank]
+                if proc.world > 1:  # all-reduce gradients on the last backward only
+                    forward.require_backward_grad_sync = i == len(rounds) - 1
+                with proc.autocast():
+                    loss, *parts = step_loss(forward, reference, piece or [units[0]], examples, c, n_forget, n_retain, proc.device)
+                if piece is None:  # a rank without work joins in with weight zero
+                    loss = loss * 0
+                else:
+                    totals += torch.stack(parts).detach()
+                (loss * proc.world).backward()  # times world, for DDP averages over ranks
+            norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip or math.inf)
+            if proc.world > 1:
+                torch.distributed.all_reduce(totals)
+            forget_loss, retain_loss, norm = torch.cat([totals, norm[None]]).tolist()  # the step's one host sync
+            if not all(map(math.isfinite, (forget_loss, retain_loss, norm))):
+                raise Failure(f"step {step}: forget loss {forget_loss}, retain loss {retain_loss}, gradient norm {norm}; forget "
+                              f"examples {[i for i, _ in window]}, retain examples {[j for _, j in window]}. Nothing of this "
+                              "step was applied; lower --lr, or see whether these rows are what you meant.")
+            row = {"step": step, "epoch": step / per_epoch, "loss": c.forget_weight * forget_loss + c.retain_weight * retain_loss,
+                   "forget_loss": forget_loss, "retain_loss": retain_loss, "lr": scheduler.get_last_lr()[0], "grad_norm": norm}
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            tokens = sum(len(examples[kind][i].ids) for unit in units for kind, i in unit)
+            log.write(row | {"tokens_per_s": tokens / (time.perf_counter() - began), "memory_gb": models.memory_gb(proc.device)})
+            bar.set_postfix(forget=f"{forget_loss:.3f}", retain=f"{retain_loss:.3f}", refresh=False)
+            bar.update()
+            if step == steps and method.after:
+                method.after(scorer.lm, c)
+            if on_score and (step == steps if method.after else due(step, steps, c.eval_every, c.eval_at, per_epoch)):
+                log.write({"step": step, "epoch": step / per_epoch} | on_score(step, step / per_epoch))
+            if step < steps and due(step, steps, c.save_every, (), per_epoch):
+                models.checkpoint(c, proc, scorer, optimizer, scheduler, step)
+            if interrupt.signal and step < steps:
+                models.checkpoint(c, proc, scorer, optimizer, scheduler, step)
+                raise Failure(f"stopped after step {step} of {steps} and saved; the same command with --resume=True goes on.",
+                              status=128 + interrupt.signal)
     bar.close()
     scorer.eval()
     return log.rows

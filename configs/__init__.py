@@ -22,7 +22,11 @@ class Mistake(Exception):
 
 
 class Failure(Exception):
-    """Something went wrong while running; what was saved before stays usable. Exit status 1."""
+    """Something went wrong while running; what was saved before stays usable. Exit status 1, or 128 + a signal's number."""
+
+    def __init__(self, text, status=1):
+        super().__init__(text)
+        self.status = status
 
 
 def fields(cls):
@@ -177,7 +181,7 @@ def run(main):
             raise
         if os.environ.get("RANK", "0") == "0":
             print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr)
-        sys.exit(2 if isinstance(e, Mistake) else 1)
+        sys.exit(2 if isinstance(e, Mistake) else getattr(e, "status", 1))
     except KeyboardInterrupt:
         print(f"{os.path.basename(sys.argv[0])}: interrupted.", file=sys.stderr)
         sys.exit(130)
