@@ -86,8 +86,8 @@ def main(argv):
     c = configs.make(Config, own | evaluate.inherit(evaluate.Config, names, given) | given | fixed)
     proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark == "demo" else None)
     labels = evaluate.name_runs(names)
-    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data)
-    if not c.utility:
+    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, split=c.split)
+    if not c.utility and "forget" in bench.evals:
         bench.evals = {"forget": bench.evals["forget"]}
     if not c.retain_model and c.control:
         proc.say("No retain_model: there is no control, so what is relearned cannot be told from what is newly learned.")
@@ -113,8 +113,8 @@ def show(place, curves, proc):
     groups = {}
     for row in curves:
         groups.setdefault((row["model"], row["attack"], row["seed"]), []).append(row)
-    keys = [k for k in ("unseen_forget_prob", "unseen_forget_rouge", "forget_prob", "forget_rouge", "forget_quality")
-            if k in curves[0]]
+    keys = [k for k in ("unseen_forget_prob", "unseen_forget_rouge", "forget_prob", "forget_rouge", "forget_quality",
+                        *evaluate.MUSE_HEADLINE) if k in curves[0]]
     proc.say("\n" + evaluate.table({f"{model}, {name}, seed {seed}, epoch {r['epoch']:g}": {k: r[k] for k in keys}
                                     for (model, name, seed), group in groups.items() for r in (group[0], group[-1])}))
     evaluate.picture(os.path.join(place, "relearn.png"), {", ".join(map(str, g)): rows for g, rows in groups.items()}, {},

@@ -32,7 +32,7 @@ from configs import Failure, Mistake
 class Config(evaluate.Config):
     # method
     forget_loss: str = "simnpo"  # a line of the table FORGET below
-    retain_loss: str = "nll"  # nll, kl, none
+    retain_loss: str = "nll"  # nll, kl, muse_kl, none
     forget_weight: float = 1.0
     retain_weight: float = 1.0
     beta: float = 0.1  # npo, simnpo, dpo: inverse temperature
@@ -82,7 +82,7 @@ class Config(evaluate.Config):
         yield not 0 <= self.adam_beta2 < 1, f"--adam_beta2={self.adam_beta2}: must be from 0 to below 1."
         yield self.steps is not None and self.steps < 1, f"--steps={self.steps}: must be at least 1."
         yield self.refusals and not os.path.isfile(self.refusals), f"--refusals={self.refusals}: no such file."
-        yield self.forget_data and not self.retain_data and self.retain_loss != "none", (
+        yield self.forget_data and not self.retain_data and self.retain_loss != "none" and self.benchmark != "muse", (
             f"--forget_data={self.forget_data}: give --retain_data too, or --retain_loss=none.")
 
 
@@ -112,10 +112,14 @@ FORGET = {
     "idk": Method(lambda s, r, c: losses.nll(s.alternate.token_logps), "token", reads=("alternate",)),
     "dpo": Method(lambda s, r, c: losses.dpo(s.alternate.logps, r.alternate.logps, s.logps, r.logps, c.beta), "answer",
                   "logps", reads=("forget", "alternate")),
+    "npo_mean": Method(lambda s, r, c: losses.npo(s.logps / s.n_tokens, r.logps / s.n_tokens, c.beta), "answer", "logps"),  # long texts
+    "muse_npo": Method(lambda s, r, c: losses.muse_npo(s.logits, r.logits, c.beta), "token", "logits"),  # MUSE as published
+    "muse_simnpo": Method(lambda s, r, c: losses.muse_simnpo(s.logits, c.beta, c.gamma), "token"),
 }
 RETAIN = {
     "nll": Method(lambda s, r, c: losses.nll(s.token_logps), "token", reads=("retain",)),
     "kl": Method(lambda s, r, c: losses.kl(s.logits, r.logits), "token", "logits", reads=("retain",)),
+    "muse_kl": Method(lambda s, r, c: losses.muse_kl(s.logits, r.logits), "token", "logits", reads=("retain",)),
     "none": None,
 }
 
@@ -333,6 +337,7 @@ def encode_sets(c, tokenizer, proc, **sets):
     examples, kept = {"alternate": []}, {}
     for name, rows in sets.items():
         examples[name], kept[name] = [], []
+        rows = [part for row in rows for part in template.parts(row, c.max_length)]
         rng = random.Random(f"{c.seed} refusals")  # a forget example keeps one refusal for the whole run
         for row in rows:
             e = template.encode(row, c.max_length)
@@ -377,8 +382,8 @@ def prepare(c, proc, bench):
         path = getattr(c, setting)
         if path and to_be_made(c, path):
             proc.say(f"making {path}: {c.base_model} fine-tuned on {rows.replace('_full', '')} data")
-            if rows == "full" and not bench.full:
-                bench.full = data.load_full(c.data or data.HUB[c.benchmark])
+            if not getattr(bench, rows):
+                data.load_full(bench, c.benchmark, c.data or data.hub(c.benchmark, c.subset))
             make(c, proc, path, getattr(bench, rows), os.path.basename(path))
 
 
@@ -411,7 +416,8 @@ def main(argv):
         proc.say(f"{c.out} is finished; --overwrite=True runs it again.")
         table = os.path.join(c.out, "table.txt")
         return proc.say(open(table, encoding="utf8").read()) if os.path.isfile(table) else None
-    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, score=c.eval_every > 0 or bool(c.eval_at))
+    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, score=c.eval_every > 0 or bool(c.eval_at),
+                      split=c.split)
     prepare(c, proc, bench)
     scorer, tokenizer = evaluate.load(c.model, c, proc)
     examples, _ = encode_sets(c, tokenizer, proc, forget=bench.forget, retain=bench.retain)
@@ -424,7 +430,7 @@ def main(argv):
         train(c, proc, scorer, examples)
         return models.finish(c, proc, scorer, tokenizer)
     retain = evaluate.retain_reference(c, proc, bench)
-    if not retain and not c.forget_data:
+    if not retain and evaluate.BENCHMARKS[c.benchmark].needs_retain and not c.forget_data:
         proc.say("No retain_model and no retain_log: forget quality is left out (evaluate.py can add it later).")
     last = {}
 
@@ -456,7 +462,7 @@ def report(c, proc, rows, last, retain, bench):
     if proc.rank > 0:
         return
     label, (target, before) = os.path.basename(c.out), last["target"]
-    lines = {"target": target, label: scores} | ({"retain model": evaluate.summarize(retain, None, c)} if retain else {})
+    lines = {"target": target, label: scores} | ({"retain model": evaluate.summarize(retain, retain, c)} if retain else {})
     evaluate.save_scores(c.out, scores, records)
     evaluate.trajectory(os.path.join(c.out, "trajectory.png"), {label: [r for r in rows if "loss" not in r]}, lines, c)
     shown = evaluate.samples({"before": before, "after": records}) + "\n\n" + evaluate.table(lines)
