@@ -112,7 +112,7 @@ FORGET = {
     "idk": Method(lambda s, r, c: losses.nll(s.alternate.token_logps), "token", reads=("alternate",)),
     "dpo": Method(lambda s, r, c: losses.dpo(s.alternate.logps, r.alternate.logps, s.logps, r.logps, c.beta), "answer",
                   "logps", reads=("forget", "alternate")),
-    "npo_mean": Method(lambda s, r, c: losses.npo(s.logps / s.n_tokens, r.logps / s.n_tokens, c.beta), "answer", "logps"),  # long texts
+    "npo_mean": Method(lambda s, r, c: losses.npo(s.logps / s.n_tokens, r.logps / s.n_tokens, c.beta), "answer", "logps"),
     "muse_npo": Method(lambda s, r, c: losses.muse_npo(s.logits, r.logits, c.beta), "token", "logits"),  # MUSE as published
     "muse_simnpo": Method(lambda s, r, c: losses.muse_simnpo(s.logits, c.beta, c.gamma), "token"),
 }
