@@ -3,7 +3,7 @@
     bench = load("tofu", "forget05", "locuslab/TOFU")       # a hub id or a local directory; see `load`
     encode(tokenizer, "Question: ...\nAnswer:", " ...")     # -> Example(ids, start): ids[start:] is what a loss reads
 
-Rows are plain dicts with question and answer, or text. Nothing here depends on a model.
+Rows are plain dicts with question and answer, or text, or raw (to be cut into chunks). Nothing here depends on a model.
 """
 import dataclasses
 import json
@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from configs import Mistake
 
-HUB = {"tofu": "locuslab/TOFU"}
-SUBSETS = {"demo": ("authors",), "tofu": ("forget10", "forget05", "forget01")}  # the first is the default
+HUB = {"tofu": "locuslab/TOFU", "muse": "muse-bench/MUSE-{}"}  # {}: the subset
+SUBSETS = {"demo": ("authors",), "tofu": ("forget10", "forget05", "forget01"), "muse": ("news", "books")}  # first = default
 REFUSALS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "refusals.txt")
 
 
@@ -22,7 +22,7 @@ REFUSALS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "
 class Benchmark:
     forget: list  # training rows
     retain: list
-    evals: dict   # {set name: rows to score}; TOFU's sets are forget, retain, real_authors, world_facts
+    evals: dict   # {set name: rows to score}; TOFU's: forget, retain, real_authors, world_facts; MUSE's: MUSE_SETS
     full: list = dataclasses.field(default_factory=list)         # what a target model is fine-tuned on
     retain_full: list = dataclasses.field(default_factory=list)  # ... and a retain-only model
     holdout: list = dataclasses.field(default_factory=list)      # rows like forget that no model was trained on: membership
@@ -32,8 +32,11 @@ class Benchmark:
 # reading rows
 
 
-def read_rows(path):
-    """The rows of one .jsonl, .json (an array or JSON lines) or .txt file (one row of text a line) as a list of dicts."""
+def read_rows(path, whole=False):
+    """The rows of one .jsonl, .json (an array or JSON lines) or .txt file as a list of dicts.
+
+    A .txt file holds one row of text a line; whole: it is one text.
+    """
     try:
         text = open(path, encoding="utf8").read()
     except UnicodeDecodeError as e:
@@ -41,7 +44,7 @@ def read_rows(path):
     except OSError as e:
         raise Mistake(f"{path}: cannot be read ({e.strerror}).") from None
     if path.endswith(".txt"):
-        rows = [line for line in text.split("\n") if line.strip()]
+        rows = [part for part in ([text] if whole else text.split("\n")) if part.strip()]
     elif path.endswith(".json") and text.lstrip().startswith("["):
         rows = parse(text, path)
     else:
@@ -73,8 +76,11 @@ def check_rows(rows, where, columns):
     return rows
 
 
-def read_config(source, config, columns, split="train", missing=None):
-    """`missing`, if given, stands for a config that is not there. One config of a data set: `<config>.json(l)` or `<config>/<split>.json(l)/.txt` of a directory, or of a hub data set."""
+def read_config(source, config, columns, split="train", whole=False, missing=None):
+    """One config of a data set: `<config>.json(l)` or `<config>/<split>.json(l)/.txt` of a directory, or of a hub data set.
+
+    missing: what to return, if anything, where there is no such config.
+    """
     if os.path.isdir(source):
         names = [f"{config}{ext}" for ext in (".json", ".jsonl")]
         names += [os.path.join(config, f"{split}{ext}") for ext in (".json", ".jsonl", ".txt")]
@@ -83,7 +89,7 @@ def read_config(source, config, columns, split="train", missing=None):
             return missing
         if not paths:
             raise Mistake(f"{source} has none of {', '.join(names)}; --data= takes a hub id or a directory with these.")
-        return check_rows(read_rows(paths[0]), paths[0], columns)
+        return check_rows(read_rows(paths[0], whole), paths[0], columns)
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise Mistake(f"--data={source}: no such directory (and a hub id is written org/name).")
     import datasets  # not needed for local data, and slow to import
@@ -93,14 +99,15 @@ def read_config(source, config, columns, split="train", missing=None):
     except Exception as e:
         if missing is not None:
             return missing
-        raise Mistake(f"{source}, config {config}: the hub did not give it ({type(e).__name__}: {str(e).splitlines()[0]}); "
+        raise Mistake(f"{source}, config {config}, split {split}: the hub did not give it ({type(e).__name__}: "
+                      f"{(str(e).strip() or '-').splitlines()[0]}); "
                       "check the id and the network, or give a local directory with --data=DIR.") from None
     return check_rows(rows, f"{source}, config {config}", columns)
 
 
-def read_own(path):
+def read_own(path, whole=False):
     """A user's own rows: question and answer, or text."""
-    rows = read_rows(path)
+    rows = read_rows(path, whole)
     first = rows[0] if isinstance(rows[0], dict) else {}
     return check_rows(rows, path, ("text",) if "text" in first else ("question", "answer"))
 
@@ -111,12 +118,16 @@ def read_own(path):
 QA = ("question", "answer")
 
 
-def load(benchmark, subset, source=None, forget_data=None, retain_data=None, train=True, score=True):
+def load(benchmark, subset, source=None, forget_data=None, retain_data=None, train=True, score=True, split=None):
     """The Benchmark. With forget_data / retain_data (files of rows) these are unlearned, kept and scored instead.
 
+    MUSE's scores stay its own: forget_data, retain_data and split (config/split of the data set) are what is trained on.
     train, score: whether the training rows and the scoring rows are wanted; TOFU's scoring reads *_perturbed configs only.
     """
-    source = source or HUB.get(benchmark)
+    source = source or hub(benchmark, subset)
+    if benchmark == "muse":
+        wanted = (forget_data or split or "raw/forget", retain_data or "raw/retain1") if train else ()
+        return Benchmark(*([read_raw(source, name) for name in wanted] or ([], [])), load_muse(source) if score else {})
     if forget_data:
         forget = read_own(forget_data)
         retain = read_own(retain_data) if retain_data else []
@@ -145,11 +156,58 @@ def load_tofu(source, subset, train=True, score=True):
 
 
 LOADERS = {"demo": lambda source, subset, train, score: demo(), "tofu": load_tofu}
+MUSE_SETS = ("verbmem_f", "knowmem_f", "knowmem_r", "privleak_f", "privleak_h")  # _f forget, _r retain, _h holdout
 
 
-def load_full(source):
-    """TOFU's `full`, read only where a target model has to be made."""
-    return read_config(source, "full", QA)
+def load_muse(source):
+    """What MUSE scores (arXiv 2407.06460): prompts to continue, each with its answer, and texts to tell members by.
+
+    The prompts are the protocol's own. A question follows ten answered ones and ends in "Answer: ", with the space.
+    """
+    def rows_of(config, split, *columns):
+        rows = read_config(source, config, columns, split)
+        for i, row in enumerate(rows, 1):
+            empty = [name for name in columns if not row[name].strip()]
+            if empty:
+                raise Mistake(f"{source}, {config}/{split}, row {i}: {empty[0]} is empty.")
+        return rows
+
+    def asked(split):
+        answered = rows_of("knowmem", f"{split}_icl", *QA)
+        shots = "".join(f"Question: {r['question']}\nAnswer: {r['answer']}\n\n" for r in answered)
+        return [r | {"prompt": f"{shots}Question: {r['question']}\nAnswer: "} for r in rows_of("knowmem", split, *QA)]
+
+    verbatim = [{"prompt": r["prompt"], "answer": r["gt"]} for r in rows_of("verbmem", "forget", "prompt", "gt")]
+    return dict(zip(MUSE_SETS, (verbatim, asked("forget_qa"), asked("retain_qa"), rows_of("privleak", "forget", "text"),
+                                rows_of("privleak", "holdout", "text"))))
+
+
+def read_raw(source, name):
+    """[{"raw": one long text}] of a file, or of config/split of a data set; rows of text are joined by an empty line.
+
+    A user's rows of questions and answers stay what they are.
+    """
+    config, _, split = name.partition("/")
+    rows = read_own(name, True) if os.path.isfile(name) else read_config(source, config, ("text",), split, whole=True)
+    if "text" not in rows[0]:
+        return rows
+    text = "\n\n".join(row["text"] for row in rows)
+    if not text.strip():
+        raise Mistake(f"{source}, {name}: its text is empty.")
+    return [{"raw": text}]
+
+
+def hub(benchmark, subset):
+    return HUB.get(benchmark, "").format(subset.title())
+
+
+def load_full(bench, benchmark, source):
+    """What target and retain model are fine-tuned on, read only where one has to be made: TOFU's `full`, all MUSE's text."""
+    if benchmark == "muse":
+        bench.retain_full = read_raw(source, "raw/retain1") + read_raw(source, "raw/retain2")
+        bench.full = read_raw(source, "raw/forget") + bench.retain_full
+    else:
+        bench.full = read_config(source, "full", QA)
 
 
 def read_refusals(path=None):
@@ -201,7 +259,7 @@ def read_log(path):
         if isinstance(log, dict) and "set" in log:
             log = [log]
         records = log if isinstance(log, list) else read_tofu_log(log) or read_open_unlearning_log(log)
-        assert records and all(isinstance(r, dict) and {"set", "nll"} <= r.keys() for r in records)
+        assert records and all("set" in r and ("nll" in r or "rougeL_f1" in r) for r in records)
         return records
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError) as e:
         raise Mistake(f"{path}: not a log this can read ({type(e).__name__}: {e}); it takes examples.jsonl, TOFU's "
@@ -288,9 +346,28 @@ class Template:
         """Llama-3's template prints today's date unless it is given one: scores would change overnight."""
         return self.tokenizer.apply_chat_template(turns, tokenize=False, date_string=self.date_string, **more)
 
+    def parts(self, row, max_length):
+        """The rows that a row is trained as: itself, or a raw text's chunks, cut as MUSE's authors cut them.
+
+        Windows of max_length - 1 tokens, a BOS before each, no EOS; what the last one lacks is taken from the first chunk,
+        with its BOS, which then stands in mid-sequence: kept, for all published numbers were made with it.
+        """
+        if "raw" not in row:
+            return [row]
+        ids = self.tokenizer(row["raw"], add_special_tokens=False)["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        bos = self.tokenizer.eos_token_id if bos is None else bos  # Qwen has no BOS
+        chunks = [[bos] + ids[i:i + max_length - 1] for i in range(0, len(ids), max_length - 1)]
+        chunks[-1] = (chunks[-1] + chunks[0])[:max_length]
+        return [{"text": self.tokenizer.decode(chunk, skip_special_tokens=True), "ids": chunk} for chunk in chunks]
+
     def encode(self, row, max_length, answer=None):
         """A row's Example; `answer` replaces the row's own (a refusal, a paraphrase)."""
-        if "text" in row and answer is None:
+        if "question" not in row and answer is not None:
+            raise Mistake("a refusal answers a question, and this forget set is text: use another --forget_loss.")
+        if "ids" in row:
+            return Example(row["ids"], 1)
+        if "text" in row:
             ids = self.tokenizer(row["text"])["input_ids"][:max_length]
             return Example(ids, 1) if len(ids) > 1 else None
         if not (answer or row["answer"]).strip():

@@ -3,6 +3,7 @@
     python evaluate.py out/demo                                     # a run directory: its own settings
     python evaluate.py out/demo out/demo_target --ask="Who wrote Hamlet?"
     python evaluate.py org/model --benchmark=tofu --subset=forget05 --template=llama2 --retain_model=org/retain
+    python evaluate.py org/model --benchmark=muse --subset=books    # MUSE has its retain model's AUC built in
     python evaluate.py LOG.json --retain_log=LOG.json               # recorded logs: ours, TOFU's, open-unlearning's
 
 A run directory, any Hugging Face model directory, a hub id (org/name@revision) or a log; several give one table.
@@ -32,15 +33,16 @@ from configs import Mistake
 @dataclasses.dataclass(frozen=True)
 class Config:
     # data
-    benchmark: Literal["demo", "tofu"] = "demo"  # what is unlearned and scored
-    subset: str | None = None  # tofu: forget01, forget05, forget10; None = the benchmark's first (forget10)
+    benchmark: Literal["demo", "tofu", "muse"] = "demo"  # what is unlearned and scored
+    subset: str | None = None  # tofu: forget10, forget05, forget01; muse: news, books; None = the first of these
     data: str | None = None  # hub id or local directory; None = the benchmark's own hub id
+    split: str | None = None  # muse: the text to unlearn, None = raw/forget; News has scal/forget_1 to 4 and sust/ too
     forget_data: str | None = None  # unlearn YOUR rows: a .jsonl, .json or .txt with question and answer, or text
     retain_data: str | None = None  # ... and the rows to keep
-    template: Literal["chat", "llama2", "qa"] = "chat"  # chat = the tokenizer's own
+    template: Literal["chat", "llama2", "qa"] | None = None  # chat (the tokenizer's own), llama2, qa; None = chat
     system_prompt: str = "You are a helpful assistant."  # for --template=chat; empty for a template that takes none
     date_string: str = "10 Apr 2025"  # for --template=chat: Llama-3 prints today's date into every prompt otherwise
-    max_length: int | None = None  # tokens of prompt and answer together, training and scoring; None = 500
+    max_length: int | None = None  # tokens of prompt and answer together; None = 500; muse: of a chunk, None = 2048
     # models
     model: str | None = None  # the target, from which is unlearned: hub id or directory
     retain_model: str | None = None  # one that never saw the forget set: reference of forget quality
@@ -54,8 +56,10 @@ class Config:
     eval_every: float = 1.0  # epochs between scores in a run; 0 = train only, score nothing
     eval_at: tuple[int, ...] = ()  # score at these optimizer steps instead
     eval_rows: int | None = None  # score the first rows of each set only (the TOFU paper: 300); None = all
-    max_new_tokens: int | None = None  # None = the protocol's: TOFU 200
     audits: bool = False  # memorization and membership inference too, against the holdout set; never inside training
+    max_new_tokens: int | None = None  # None = the protocol's: TOFU 200, VerbMem 128 (KnowMem is always 32)
+    stem: bool = False  # muse: stemmed ROUGE, as open-unlearning has it (TOFU's is always stemmed)
+    skip_last: bool = False  # muse: Min-40 % without each text's last token, as open-unlearning has it
     retain_log: str | None = None  # recorded log of a retain model, instead of retain_model
     # run
     out: str | None = None  # the run directory; None = out/<benchmark>_<subset>_<forget_loss>
@@ -67,8 +71,8 @@ class Config:
             raise ValueError(" ".join(wrong))
         resolve = functools.partial(object.__setattr__, self)  # None = the protocol's: filled in once, here
         resolve("subset", self.subset or data.SUBSETS[self.benchmark][0])
-        resolve("max_length", self.max_length or 500)
-        resolve("max_new_tokens", self.max_new_tokens or 200)
+        for name in ("max_length", "max_new_tokens", "template"):
+            resolve(name, getattr(self, name) or getattr(BENCHMARKS[self.benchmark], name))
 
     def problems(self):
         """(is it wrong, the sentence): all are checked together, before anything is loaded."""
@@ -77,9 +81,11 @@ class Config:
                f"--subset={self.subset}: {self.benchmark} has {', '.join(names)}.")
         yield self.retain_data and not self.forget_data and self.benchmark == "demo", (
             "--retain_data goes with --forget_data.")
+        yield self.split and (self.benchmark != "muse" or self.split.count("/") != 1), (
+            f"--split={self.split}: is config/split of MUSE's data, as in --benchmark=muse --split=scal/forget_2.")
         for name in ("max_length", "micro_batch_tokens", "eval_rows", "max_new_tokens"):
-            value = getattr(self, name)
-            yield value is not None and value < 1, f"--{name}={value}: must be at least 1."
+            value, least = getattr(self, name), 2 if name == "max_length" else 1
+            yield value is not None and value < least, f"--{name}={value}: must be at least {least}."
         yield self.eval_every < 0, f"--eval_every={self.eval_every}: must not be negative."
         for name in ("forget_data", "retain_data", "retain_log"):
             path = getattr(self, name)
@@ -178,7 +184,8 @@ def extraction_strength(correct):
 OPTIONS = ("real_authors", "world_facts")  # sets whose probability is taken among the given wrong answers
 TOFU_HEADLINE = ("forget_quality", "model_utility", "forget_prob", "forget_rouge")
 ARROWS = {"forget_quality": "↑", "model_utility": "↑", "forget_prob": "↓", "forget_rouge": "↓", "forget_truth_ratio": "↑",
-          "exact_memorization": "↓", "extraction_strength": "↓", "privleak": "→ 0", **{f"mia_{k}": "→ 0.5" for k in
+          "verbmem_f": "↓", "knowmem_f": "↓", "knowmem_r": "↑", "privleak": "→ 0",
+          "exact_memorization": "↓", "extraction_strength": "↓", **{f"mia_{k}": "→ 0.5" for k in
           ("loss", "zlib", "min_k", "min_k_pp", "reference", "gradnorm")}}
 
 
@@ -241,10 +248,15 @@ def gradient_norm(scorer, example, proc):
 
 
 def record_audits(scorer, tokenizer, bench, c, proc):
-    """One record an answer of the forget and the holdout set: memorization, and scores that are higher for a member."""
+    """One record an answer of the forget and the holdout set: memorization, and scores that are higher for a member.
+
+    MUSE: members and others are PrivLeak's texts, and what may be memorized are VerbMem's continuations.
+    """
     template = data.Template(c.template, tokenizer, c.system_prompt, c.date_string)
-    items = [(name, i, row, template.encode(row, c.max_length)) for name in ("forget", "holdout")
-             for i, row in enumerate(bench.evals.get(name, bench.holdout)[:c.eval_rows])]
+    sets = {"forget": bench.evals.get("forget") or bench.evals.get("privleak_f", []),
+            "holdout": bench.holdout or bench.evals.get("privleak_h", []), "verbatim": bench.evals.get("verbmem_f", [])}
+    items = [(name, i, row, data.encode(tokenizer, row["prompt"], row["answer"]) if name == "verbatim" else
+              template.encode(row, c.max_length)) for name, rows in sets.items() for i, row in enumerate(rows[:c.eval_rows])]
     items = [item for item in items if item[3]]
     tokens = models.score(scorer, [e for *_, e in items], proc, c.micro_batch_tokens, audit_tokens, title="audits")
     mine = {i: gradient_norm(scorer, items[i][3], proc) for i in range(proc.rank, len(items), proc.world)}
@@ -262,8 +274,8 @@ def record_audits(scorer, tokenizer, bench, c, proc):
 
 def audit_scores(records, retain_records):
     """Memorization of the forget set; AUC of telling it from the holdout set; PrivLeak against the retain model's AUC."""
-    forget, holdout = ([r for r in records if r["set"] == f"audit_{name}"] for name in ("forget", "holdout"))
-    scores = {k: float(np.mean([r[k] for r in forget])) for k in ("exact_memorization", "extraction_strength") if forget}
+    forget, holdout, verbatim = (by_set(records).get(f"audit_{name}", []) for name in ("forget", "holdout", "verbatim"))
+    scores = {k: float(np.mean([r[k] for r in verbatim or forget])) for k in ("exact_memorization", "extraction_strength") if forget}
     if not (forget and holdout):
         return scores
     for k in ("loss", "zlib", "min_k", "min_k_pp", "gradnorm"):
@@ -279,10 +291,8 @@ def audit_scores(records, retain_records):
 
 
 def tofu_scores(records, retain_records=None, c=None):
-    """The flat dict of scores of records; forget_quality where the retain model's records are given."""
-    sets, scores = {}, {}
-    for r in records:
-        sets.setdefault(r["set"], []).append(r)
+    """The flat dict of scores of records; forget_quality where the retain model's records are given, and are not these."""
+    sets, scores = by_set(records), {}
     for name, rows in sets.items():
         if name.startswith("audit_"):
             continue
@@ -299,9 +309,16 @@ def tofu_scores(records, retain_records=None, c=None):
     nine = {k: v for k, v in scores.items() if not k.startswith("forget")}
     if len(nine) == 9:
         scores = {"model_utility": model_utility(nine)} | scores
-    if retain_records and "forget_truth_ratio" in scores:
+    if retain_records and retain_records is not records and "forget_truth_ratio" in scores:
         scores = {"forget_quality": compare(sets["forget"], [r for r in retain_records if r["set"] == "forget"])} | scores
     return scores | audit_scores(records, retain_records)
+
+
+def by_set(records):
+    sets = {}
+    for r in records:
+        sets.setdefault(r["set"], []).append(r)
+    return sets
 
 
 def truth_ratios(rows):
@@ -321,6 +338,58 @@ def compare(rows, retain_rows):
     return forget_quality(truth_ratios(rows), truth_ratios(retain_rows))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# MUSE: continuations of forgotten passages, answers about them, and whether their text is told from text never seen
+
+MUSE_HEADLINE = ("verbmem_f", "knowmem_f", "knowmem_r", "privleak")
+KNOWMEM_TOKENS, KNOWMEM_STOP = 32, re.compile("\n\n|\nQuestion|Question:")
+MUSE_AUC = {"news": 1 - 0.4772, "books": 1 - 0.5393}  # the authors' retrained models; Min-40 %, forget against holdout
+
+
+def record_muse(scorer, tokenizer, bench, c, proc):
+    """One record a prompt, its greedy continuation and ROUGE-L F1, and one a text, its Min-40 % score. No text is cut."""
+    sets = {name: [row | {"set": name, "index": i} for i, row in enumerate(rows[:c.eval_rows])]
+            for name, rows in bench.evals.items()}
+    texts = sets["privleak_f"] + sets["privleak_h"]
+    examples = [data.Example(tokenizer(r.pop("text"))["input_ids"], 1) for r in texts]
+    for r, e in zip(texts, examples):
+        r["n_tokens"] = len(e.ids) - 1 - c.skip_last
+        if int(0.4 * r["n_tokens"]) < 1:  # the original's mean of nothing
+            raise Mistake(f"{r['set']}, row {r['index'] + 1}: the text has {r['n_tokens']} tokens to score, too few for Min-40 %, "
+                          "which needs 3.")
+    for r, logp in zip(texts, models.score(scorer, examples, proc, c.micro_batch_tokens, title="scoring")):
+        r |= {"nll": -float(logp.mean()), "min_k": min_k(logp[:r["n_tokens"], 0])}
+    for rows, n in ((sets["verbmem_f"], c.max_new_tokens), (sets["knowmem_f"] + sets["knowmem_r"], KNOWMEM_TOKENS)):
+        prompts = [tokenizer(r["prompt"])["input_ids"] for r in rows]
+        generated = models.generate(scorer.lm, tokenizer, prompts, n, proc, 4 * c.micro_batch_tokens, title="answering")
+        for r, text in zip(rows, generated):
+            if r["set"] == "verbmem_f":  # with its BOS, so that one token less of it is asked for
+                r["answer"] = tokenizer.decode(tokenizer(r["answer"])["input_ids"][:n], skip_special_tokens=True)
+            else:
+                text = KNOWMEM_STOP.split(text)[0]
+                del r["prompt"]  # the ten answered questions, the same in every record
+            r |= {"generated": text} | rouge(text, r["answer"], c.stem)
+    return [r for rows in sets.values() for r in rows]
+
+
+def muse_scores(records, retain_records=None, c=None):
+    """The four scores in percent; PrivLeak against the retain model's AUC, or the published one of the subset."""
+    def membership(records):
+        sets = by_set(records)
+        return auc(*([r["min_k"] for r in sets[name]] for name in ("privleak_f", "privleak_h")))
+
+    sets = by_set(records)
+    scores = {name: 100 * float(np.mean([r["rougeL_f1"] for r in sets[name]])) for name in MUSE_HEADLINE[:3]}
+    retrained = membership(retain_records) if retain_records else MUSE_AUC[c.subset]
+    if retrained < 1:  # a retain model that knows every forget text by heart leaves nothing to compare with
+        scores["privleak"] = privleak(membership(records), retrained)
+    return audit_scores(records, retain_records) | scores
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# any benchmark
+
+
 def evaluate(scorer, tokenizer, bench, c, proc, retain_records=None):
     """(scores, records) of a model as it is now; the one function behind every number of the project."""
     was_training = scorer.training
@@ -334,6 +403,10 @@ def evaluate(scorer, tokenizer, bench, c, proc, retain_records=None):
 
 def summarize(records, retain_records, c):
     """The flat dict of scores that follows from records; against the retain model's where they are given."""
+    for r in records + (retain_records or []):
+        if (r["set"] in data.MUSE_SETS) != (c.benchmark == "muse") and not r["set"].startswith("audit_"):
+            raise Mistake(f"a record of the set {r['set']} is not of --benchmark={c.benchmark}; give the log's own "
+                          "benchmark and subset.")
     return BENCHMARKS[c.benchmark].scores(records, retain_records, c)
 
 
@@ -344,11 +417,16 @@ class Scoring:
     scores: Callable  # (records, retain_records or None, c) -> {name: float}
     headline: tuple   # the scores that are printed at every epoch
     axes: tuple       # x and y of the trajectory
+    max_length: int = 500  # what settings are that were not given
+    max_new_tokens: int = 200
+    template: str = "chat"
+    needs_retain: bool = True  # is there no headline score without a retain model
 
 
 BENCHMARKS = {
     "demo": Scoring(record_qa, tofu_scores, TOFU_HEADLINE, ("model_utility", "forget_quality")),
     "tofu": Scoring(record_qa, tofu_scores, TOFU_HEADLINE, ("model_utility", "forget_quality")),
+    "muse": Scoring(record_muse, muse_scores, MUSE_HEADLINE, ("knowmem_r", "knowmem_f"), 2048, 128, "qa", False),
 }
 
 
@@ -367,7 +445,7 @@ def reference(c, proc, name, bench, tokenizer=None):
     The key is made of everything they depend on: the weights, the rows that are scored, the scoring settings.
     """
     settings = [getattr(c, k) for k in ("template", "system_prompt", "date_string", "max_length", "max_new_tokens",
-                                        "eval_rows", "dtype", "tokenizer", "audits")]
+                                        "eval_rows", "dtype", "tokenizer", "audits", "stem", "skip_last")]
     key = hashlib.sha256(json.dumps([models.fingerprint(name), bench.evals, bench.holdout, settings]).encode()).hexdigest()[:16]
     path = os.path.join(os.path.dirname(os.path.normpath(c.out)), ".scored", f"{key}.jsonl")
     if not all(proc.gather(os.path.isfile(path))):
@@ -459,7 +537,7 @@ def picture(path, curves, points, x, y):
 
 def samples(models_records, n=3):
     """The first forget questions, the true answer and each model's: {label: records}."""
-    rows = [[r for r in records if r["set"] == "forget" and r.get("question") and "generated" in r][:n]
+    rows = [[r for r in records if r["set"] in ("forget", "knowmem_f") and r.get("question") and "generated" in r][:n]
             for records in models_records.values()]
     lines = []
     for answers in zip(*rows):
@@ -508,7 +586,7 @@ def main(argv):
         refuse_itself(names[0], c, given)
     if c.retain_model and not c.retain_log:
         models.check_name(c.retain_model, "retain_model")
-    elif not c.retain_log and not question and not c.forget_data:
+    elif BENCHMARKS[c.benchmark].needs_retain and not c.retain_log and not question and not c.forget_data:
         raise Mistake("forget quality needs a model that never saw the forget set: give --retain_model=MODEL or "
                       "--retain_log=LOG (evaluate.py of a retain model writes one, examples.jsonl).")
     labels = name_runs(names)
@@ -521,7 +599,7 @@ def main(argv):
         bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, train=False)
         retain = retain_reference(c, proc, bench)
     else:
-        retain = data.read_log(c.retain_log)
+        retain = data.read_log(c.retain_log) if c.retain_log else None
     rows, every = {}, {}
     for name in names:
         itself = bool(c.retain_model) and not c.retain_log and same(name, c.retain_model)
@@ -532,7 +610,7 @@ def main(argv):
         else:
             scorer, tokenizer = load(name, c, proc)
             _, records = evaluate(scorer, tokenizer, bench, c, proc)
-        scores = summarize(records, None if itself else retain, c)
+        scores = summarize(records, retain, c)
         if proc.rank == 0:
             save_scores(places[name], scores, records)
         rows[labels[name]], every[labels[name]] = scores, records

@@ -214,32 +214,6 @@ def negate(lm, start, scale):
         p.copy_(q - scale * (p - q))
 
 
-def normal_float_4():
-    """NF4 (arXiv 2305.14314): 16 quantiles of a normal distribution with an exact 0, scaled to [-1, 1]."""
-    def quantiles(n):
-        return torch.special.ndtri(torch.linspace(0.9677083, 0.5, n, dtype=torch.float64)[:-1])
-    values = torch.cat([quantiles(9), torch.zeros(1, dtype=torch.float64), -quantiles(8)]).sort().values
-    return (values / values.abs().max()).float()
-
-
-FP4 = torch.tensor([0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])  # bitsandbytes' 4-bit float: 2 exponent bits, 1 of mantissa
-GRIDS = {"int8": torch.arange(-127, 128) / 127, "int4": torch.arange(-7, 8) / 7, "nf4": normal_float_4(),
-         "fp4": torch.cat([-FP4.flip(0), FP4[1:]])}
-
-
-@torch.no_grad()
-def quantize(lm, name, block=64):
-    """Round the weights of every linear layer but the output head to the grid, each `block` of them scaled by its largest."""
-    grid = GRIDS[name].to(lm.device)
-    for layer in lm.modules():
-        if isinstance(layer, nn.Linear) and layer is not lm.get_output_embeddings():
-            flat = layer.weight.flatten()
-            blocks = nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
-            scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
-            nearest = torch.bucketize(blocks / scale, (grid[1:] + grid[:-1]) / 2)
-            layer.weight.copy_((grid[nearest] * scale).flatten()[:len(flat)].view_as(layer.weight))
-
-
 def write(path, text):
     """Replace a file whole or not at all."""
     with open(path + ".tmp", "w", encoding="utf8") as f:

@@ -14,6 +14,7 @@ import os
 import random
 
 import numpy as np
+import torch
 
 import configs
 import data
@@ -108,10 +109,36 @@ def relearn(a, choose):
     return curve
 
 
+def normal_float_4():
+    """NF4 (arXiv 2305.14314): 16 quantiles of a normal distribution with an exact 0, scaled to [-1, 1]."""
+    def quantiles(n):
+        return torch.special.ndtri(torch.linspace(0.9677083, 0.5, n, dtype=torch.float64)[:-1])
+    values = torch.cat([quantiles(9), torch.zeros(1, dtype=torch.float64), -quantiles(8)]).sort().values
+    return (values / values.abs().max()).float()
+
+
+FP4 = torch.tensor([0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])  # bitsandbytes' 4-bit float: 2 exponent bits, 1 of mantissa
+GRIDS = {"int8": torch.arange(-127, 128) / 127, "int4": torch.arange(-7, 8) / 7, "nf4": normal_float_4(),
+         "fp4": torch.cat([-FP4.flip(0), FP4[1:]])}
+
+
+@torch.no_grad()
+def round_weights(lm, name, block=64):
+    """Round the weights of every linear layer but the output head to the grid, each `block` of them scaled by its largest."""
+    grid = GRIDS[name].to(lm.device)
+    for layer in lm.modules():
+        if isinstance(layer, torch.nn.Linear) and layer is not lm.get_output_embeddings():
+            flat = layer.weight.flatten()
+            blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
+            scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
+            nearest = torch.bucketize(blocks / scale, (grid[1:] + grid[:-1]) / 2)
+            layer.weight.copy_((grid[nearest] * scale).flatten()[:len(flat)].view_as(layer.weight))
+
+
 def quantize(a, grid):
     """Round the weights of all linear layers but the output head to a coarse grid (arXiv 2410.16454: forgetting may vanish)."""
     scorer, tokenizer = evaluate.load(a.name, a.c, a.proc)
-    models.quantize(scorer.lm, grid)
+    round_weights(scorer.lm, grid)
     return [{"step": 0, "epoch": 0.0} | a.score(scorer, tokenizer)]
 
 
@@ -126,7 +153,7 @@ def paraphrase(a, _):
 
 
 ATTACKS = {f"relearn_{name}": (relearn, name) for name in CHOOSE}
-ATTACKS |= {name: (quantize, name) for name in models.GRIDS} | {"paraphrase": (paraphrase, None)}
+ATTACKS |= {name: (quantize, name) for name in GRIDS} | {"paraphrase": (paraphrase, None)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -184,7 +211,7 @@ def main(argv):
     c = configs.make(Config, own | evaluate.inherit(evaluate.Config, names, given) | given | fixed)
     proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark == "demo" else None)
     labels = evaluate.name_runs(names)
-    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data)
+    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, split=c.split)
     if not c.utility and "forget" in bench.evals:
         bench.evals = {"forget": bench.evals["forget"]}
     if not c.retain_model and c.control:

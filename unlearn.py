@@ -145,11 +145,16 @@ FORGET = {
     "rmu": Method(lambda s, r, c: losses.rmu(s.hidden, steering(c, s.hidden)), "token", hidden=True),
     "task_vector": Method(lambda s, r, c: losses.nll(s.token_logps), "token",
                           after=lambda lm, c: models.negate(lm, c.model, c.task_vector_scale)),
+    # on MUSE's chunks: NPO divided by length, and what its published numbers were made with
+    "npo_mean": Method(lambda s, r, c: losses.npo(s.logps / s.n_tokens, r.logps / s.n_tokens, c.beta), "answer", "logps"),
+    "muse_npo": Method(lambda s, r, c: losses.muse_npo(s.logits, r.logits, c.beta), "token", "model"),
+    "muse_simnpo": Method(lambda s, r, c: losses.muse_simnpo(s.logits, c.beta, c.gamma), "token"),
 }
 RETAIN = {
     "nll": Method(lambda s, r, c: losses.nll(s.token_logps), "token", reads=("retain",)),
     "kl": Method(lambda s, r, c: losses.kl(s.logits, r.logits), "token", "model", ("retain",)),
     "rmu": Method(lambda s, r, c: losses.rmu(s.hidden, r.hidden), "token", "model", ("retain",), hidden=True),
+    "muse_kl": Method(lambda s, r, c: losses.muse_kl(s.logits, r.logits), "token", "model", ("retain",)),
     "none": None,
 }
 
@@ -436,8 +441,8 @@ def prepare(c, proc, bench):
         path = getattr(c, setting)
         if path and to_be_made(c, path):
             proc.say(f"making {path}: {c.base_model} fine-tuned on {rows.replace('_full', '')} data")
-            if rows == "full" and not bench.full:
-                bench.full = data.load_full(c.data or data.HUB[c.benchmark])
+            if not getattr(bench, rows):
+                data.load_full(bench, c.benchmark, c.data or data.hub(c.benchmark, c.subset))
             make(c, proc, path, getattr(bench, rows), os.path.basename(path))
 
 
@@ -470,7 +475,8 @@ def main(argv):
         proc.say(f"{c.out} is finished; --overwrite=True runs it again.")
         table = os.path.join(c.out, "table.txt")
         return proc.say(open(table, encoding="utf8").read()) if os.path.isfile(table) else None
-    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, score=c.eval_every > 0 or bool(c.eval_at))
+    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, score=c.eval_every > 0 or bool(c.eval_at),
+                      split=c.split)
     prepare(c, proc, bench)
     scorer, tokenizer = evaluate.load(c.model, c, proc)
     examples, _ = encode_sets(c, tokenizer, proc, forget=bench.forget, retain=bench.retain)
@@ -516,7 +522,7 @@ def report(c, proc, rows, last, retain, bench):
     if proc.rank > 0:
         return
     label, (target, before) = os.path.basename(c.out), last["target"]
-    lines = {"target": target, label: scores} | ({"retain model": evaluate.summarize(retain, None, c)} if retain else {})
+    lines = {"target": target, label: scores} | ({"retain model": evaluate.summarize(retain, retain, c)} if retain else {})
     evaluate.save_scores(c.out, scores, records)
     evaluate.trajectory(os.path.join(c.out, "trajectory.png"), {label: [r for r in rows if "loss" not in r]}, lines, c)
     shown = evaluate.samples({"before": before, "after": records}) + "\n\n" + evaluate.table(lines)

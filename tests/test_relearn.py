@@ -5,7 +5,6 @@ import pytest
 import torch
 from conftest import flags
 
-import model as models
 import relearn
 import unlearn
 from configs import Mistake
@@ -85,7 +84,7 @@ def test_quantization_rounds_each_block_to_its_nearest_grid_point_as_a_plain_loo
             return self.head
     net = Net()
     before, head, bias = net.layer.weight.detach().flatten().tolist(), net.head.weight.clone(), net.layer.bias.clone()
-    models.quantize(net, name)
+    relearn.round_weights(net, name)
     after = net.layer.weight.detach().flatten().tolist()
     for start in range(0, 350, 64):
         block = before[start:start + 64]
