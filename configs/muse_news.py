@@ -1,0 +1,38 @@
+# MUSE News, SimNPO as the paper defines it, Llama-2-7b.
+# torchrun --nproc_per_node=8 unlearn.py configs/muse_news.py
+#
+# Memory: float32 master weights, gradients and AdamW are 107.8 GB of every GPU: 141 GB cards (H200; one alone: about 126 GB
+# with activations, the same steps and result), not 80 GB ones.
+#
+# Sustainability, one request after the other, each from the model before (scalability: scal/forget_$i, always from the target):
+#   model=muse-bench/MUSE-News_target
+#   for i in 1 2 3 4; do
+#     torchrun --nproc_per_node=8 unlearn.py configs/muse_news.py --split=sust/forget_$i --model=$model --out=out/sust_$i
+#     model=out/sust_$i
+#   done
+#   python evaluate.py out/sust_1 out/sust_2 out/sust_3 out/sust_4 --out=out/sust
+# With text of your own: --forget_data=FILE (and --retain_data=FILE) instead of --split.
+benchmark = "muse"
+subset = "news"
+model = "muse-bench/MUSE-News_target"
+tokenizer = "meta-llama/Llama-2-7b-hf"  # the authors' (gated; any copy of Llama-2's serves)
+
+forget_loss = "simnpo"
+retain_loss = "nll"
+beta = 0.7           # model card
+gamma = 3.0          # model card: outside beta, as in the paper
+forget_weight = 1.0  # model card: loss = SimNPO + lambda * retain loss
+retain_weight = 1.0  # model card: lambda
+
+max_length = 2048  # muse_bench, as all below: tokens of a chunk
+lr = 1e-5
+schedule = "constant"
+weight_decay = 0.0
+grad_clip = 1.0    # transformers' default
+epochs = 10        # the epoch that the authors report
+batch_size = 4     # a step's 4 forget and 4 retain chunks are one a GPU on eight; 102 steps an epoch
+
+dtype = "bf16"
+activation_checkpointing = True
+micro_batch_tokens = 2048  # one chunk at a time
+eval_every = 10
