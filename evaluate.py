@@ -479,24 +479,6 @@ def retain_reference(c, proc, bench):
 # showing
 
 
-def table(rows):
-    """Text of a table. rows: {name: scores}; an arrow shows where better is; '-' where a score does not apply."""
-    keys = list(dict.fromkeys(k for scores in rows.values() for k in scores))
-    head = [""] + [f"{k} {ARROWS.get(k, '↑')}" for k in keys]
-    body = [[name] + [number(scores.get(k)) for k in keys] for name, scores in rows.items()]
-    if len(keys) > 8:  # a wide table is turned: one line a score
-        head, *body = zip(head, *body)
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
-                     for line in [head, *body])
-
-
-def number(x):
-    if isinstance(x, tuple):
-        return f"{number(x[0])} ± {number(x[1])}"
-    return "-" if x is None else f"{x:.2e}" if 0 < abs(x) < 1e-3 else f"{x:.4f}"
-
-
 def trajectory(path, curves, points, c):
     """Forgetting against utility over the epochs of runs {label: [scores]}, between target and retain model."""
     x, y = BENCHMARKS[c.benchmark].axes
@@ -533,17 +515,6 @@ def picture(path, curves, points, x, y):
     figure.savefig(path + ".tmp", dpi=150, format="png")
     os.replace(path + ".tmp", path)
     pyplot.close(figure)
-
-
-def samples(models_records, n=3):
-    """The first forget questions, the true answer and each model's: {label: records}."""
-    rows = [[r for r in records if r["set"] in ("forget", "knowmem_f") and r.get("question") and "generated" in r][:n]
-            for records in models_records.values()]
-    lines = []
-    for answers in zip(*rows):
-        lines += ["", f"Q: {answers[0]['question']}", f"   {'truth':<12} {answers[0]['answer']}"]
-        lines += [f"   {name:<12} {a['generated']}" for name, a in zip(models_records, answers)]
-    return "\n".join(lines)
 
 
 def ask(question, names, c, proc):
@@ -614,21 +585,10 @@ def main(argv):
         if proc.rank == 0:
             save_scores(places[name], scores, records)
         rows[labels[name]], every[labels[name]] = scores, records
-    proc.say(samples(every) + "\n\n" + table(rows))
-    if spread := over_seeds(rows):
-        proc.say("\nmean and standard deviation over seeds\n\n" + table(spread))
+    proc.say(configs.samples(every) + "\n\n" + configs.table(rows, ARROWS))
+    if spread := configs.over_seeds(rows):
+        proc.say("\nmean and standard deviation over seeds\n\n" + configs.table(spread, ARROWS))
     models.cleanup()
-
-
-def over_seeds(rows):
-    """{name: {score: (mean, standard deviation)}} of runs that are called alike but for a last _s0, _s1, _seed2, ..."""
-    groups = {}
-    for label, scores in rows.items():
-        if m := re.fullmatch(r"(.+?)_s(?:eed)?\d+", label):
-            groups.setdefault(m[1], []).append(scores)
-    return {f"{name} (n={len(g)})": {k: (float(np.mean(v)), float(np.std(v, ddof=1))) for k in g[0]
-                                    if len(v := [scores[k] for scores in g if k in scores]) > 1}
-            for name, g in groups.items() if len(g) > 1}
 
 
 def name_runs(names):

@@ -185,7 +185,7 @@ def report(place, label, curves, target, proc):
                 shares = [recovered(r.get("unseen_forget_prob", r["forget_prob"]),
                                     first.get("unseen_forget_prob", first["forget_prob"]), target["forget_prob"]) for r in ends]
                 line["recovered"] = None if None in shares else spread(shares)
-    proc.say("\n" + evaluate.table(lines))
+    proc.say("\n" + configs.table(lines, evaluate.ARROWS))
     drawn = {f"{m}, {n}, seed {s}": rows for (m, n), seeds in groups.items() for s, rows in seeds.items() if len(rows) > 1}
     if drawn:
         evaluate.picture(os.path.join(place, "relearn.png"), drawn, {}, "epoch", keys[0])

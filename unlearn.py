@@ -99,7 +99,7 @@ class Config(evaluate.Config):
         yield self.forget_loss == "altpo" and not self.alternates, "--forget_loss=altpo: give --alternates=FILE."
         yield self.forget_loss == "task_vector" and (self.retain_loss != "none" or self.resume), (
             "--forget_loss=task_vector: reads no retain set and cannot be resumed; write --retain_loss=none.")
-        yield self.forget_data and not self.retain_data and self.retain_loss != "none", (
+        yield self.forget_data and not self.retain_data and self.retain_loss != "none" and self.benchmark != "muse", (
             f"--forget_data={self.forget_data}: give --retain_data too, or --retain_loss=none.")
 
 
@@ -396,6 +396,7 @@ def encode_sets(c, tokenizer, proc, **sets):
     examples, kept = {"alternate": []}, {}
     for name, rows in sets.items():
         examples[name], kept[name] = [], []
+        rows = [part for row in rows for part in template.parts(row, c.max_length)]
         rng = random.Random(f"{c.seed} alternates")  # a forget example keeps one alternate answer for the whole run
         pairs = reads_alternate and name == "forget"
         for row in rows:
@@ -504,7 +505,7 @@ def main(argv):
             if c.keep_epochs and proc.rank == 0:
                 models.save_model(scorer.lm, tokenizer, os.path.join(c.out, f"epoch_{epoch:g}"))
         last["run"] = scores, records
-        proc.say(f"epoch {epoch:g}: " + ", ".join(f"{k} {evaluate.number(v)}" for k, v in scores.items()
+        proc.say(f"epoch {epoch:g}: " + ", ".join(f"{k} {configs.number(v)}" for k, v in scores.items()
                                                   if k in evaluate.BENCHMARKS[c.benchmark].headline))
         return scores
 
@@ -525,7 +526,7 @@ def report(c, proc, rows, last, retain, bench):
     lines = {"target": target, label: scores} | ({"retain model": evaluate.summarize(retain, retain, c)} if retain else {})
     evaluate.save_scores(c.out, scores, records)
     evaluate.trajectory(os.path.join(c.out, "trajectory.png"), {label: [r for r in rows if "loss" not in r]}, lines, c)
-    shown = evaluate.samples({"before": before, "after": records}) + "\n\n" + evaluate.table(lines)
+    shown = configs.samples({"before": before, "after": records}) + "\n\n" + configs.table(lines, evaluate.ARROWS)
     models.write(os.path.join(c.out, "table.txt"), shown + "\n")
     proc.say(f"{shown}\n\n{c.out}: model, scores.json, examples.jsonl, log.jsonl, trajectory.png")
 

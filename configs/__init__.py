@@ -1,4 +1,5 @@
-"""Settings: a frozen dataclass, a config file of plain assignments, `--key=value` on top. Standard library only.
+"""Settings, and what the scripts say: a frozen dataclass, a config file of plain assignments, `--key=value` on top; one
+sentence a mistake; tables. Standard library only.
 
     cfg, explicit, names = load(Config, sys.argv[1:])
 
@@ -12,6 +13,7 @@ import inspect
 import os
 import re
 import runpy
+import statistics
 import sys
 import types
 import typing
@@ -162,6 +164,46 @@ def make(cls, given):
         return cls(**given)
     except ValueError as e:
         raise Mistake(str(e)) from None
+
+
+def table(rows, arrows):
+    """Text of a table. rows: {name: scores}; arrows: {score: where better is}, up unless said; '-' where a score does not apply."""
+    keys = list(dict.fromkeys(k for scores in rows.values() for k in scores))
+    head = [""] + [f"{k} {arrows.get(k, '↑')}" for k in keys]
+    body = [[name] + [number(scores.get(k)) for k in keys] for name, scores in rows.items()]
+    if len(keys) > 8:  # a wide table is turned: one line a score
+        head, *body = zip(head, *body)
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
+                     for line in [head, *body])
+
+
+def number(x):
+    if isinstance(x, tuple):
+        return f"{number(x[0])} ± {number(x[1])}"
+    return "-" if x is None else f"{x:.2e}" if 0 < abs(x) < 1e-3 else f"{x:.4f}"
+
+
+def samples(models_records, n=3):
+    """The first forget questions, the true answer and each model's: {label: records}."""
+    rows = [[r for r in records if r["set"] in ("forget", "knowmem_f") and r.get("question") and "generated" in r][:n]
+            for records in models_records.values()]
+    lines = []
+    for answers in zip(*rows):
+        lines += ["", f"Q: {answers[0]['question']}", f"   {'truth':<12} {answers[0]['answer']}"]
+        lines += [f"   {name:<12} {a['generated']}" for name, a in zip(models_records, answers)]
+    return "\n".join(lines)
+
+
+def over_seeds(rows):
+    """{name: {score: (mean, standard deviation)}} of runs that are called alike but for a last _s0, _s1, _seed2, ..."""
+    groups = {}
+    for label, scores in rows.items():
+        if m := re.fullmatch(r"(.+?)_s(?:eed)?\d+", label):
+            groups.setdefault(m[1], []).append(scores)
+    return {f"{name} (n={len(g)})": {k: (statistics.mean(v), statistics.stdev(v)) for k in g[0]
+                                    if len(v := [scores[k] for scores in g if k in scores]) > 1}
+            for name, g in groups.items() if len(g) > 1}
 
 
 def run(main):
