@@ -14,7 +14,8 @@ from typing import NamedTuple
 from configs import Mistake
 
 HUB = {"tofu": "locuslab/TOFU"}
-SUBSETS = {"demo": ("authors",), "tofu": ("forget10", "forget05", "forget01")}  # the first is the default
+SUBSETS = {"demo": ("authors",), "tofu": ("forget10", "forget05", "forget01"),  # the first is the default
+           "markov": ("short", "unseen")}
 REFUSALS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "refusals.txt")
 
 
@@ -138,7 +139,8 @@ def load_tofu(source, subset, train=True, score=True):
     return bench
 
 
-LOADERS = {"demo": lambda source, subset, train, score: demo(), "tofu": load_tofu}
+LOADERS = {"demo": lambda source, subset, train, score: demo(), "tofu": load_tofu,
+           "markov": lambda source, subset, train, score: markov(source or "0", subset)}
 
 
 def load_full(source):
@@ -178,6 +180,21 @@ def read_log(path):
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError) as e:
         raise Mistake(f"{path}: not a log this can read ({type(e).__name__}: {e}); it takes examples.jsonl, TOFU's "
                       "eval_log_aggregated.json and open-unlearning's TOFU_EVAL.json.") from None
+
+
+def read_runs(names, key):
+    """[(subset, forget loss, the rows of log.jsonl that hold the score `key`)] of those run directories that have such rows."""
+    runs = []
+    for name in names:
+        if not os.path.isfile(os.path.join(name, "run.json")):
+            raise Mistake(f"{name}: not a run directory (no run.json).")
+        with open(os.path.join(name, "run.json"), encoding="utf8") as f:
+            run = json.load(f)
+        rows = [r for r in read_rows(os.path.join(name, "log.jsonl")) if key in r]
+        runs += [(run["subset"], run["forget_loss"], rows)] if rows else []
+    if not runs:
+        raise Mistake(f"{', '.join(names)}: no log.jsonl holds {key}, which a run writes at --eval_at or --eval_every.")
+    return runs
 
 
 def listed(values):
@@ -389,3 +406,51 @@ def demo_tokenizer():
              for a in (r["answer"], r.get("paraphrased_answer", r["answer"]))]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a mixture of Markov chains: what is to be forgotten is known exactly (SimNPO, arXiv 2410.07163, section 4 and appendix)
+
+def transitions(own):
+    """P(next | state) of the chain that prefers the states `own`: (10, 10), rows sum to one.
+
+    From its own states it stays among them with probability 0.8; from any other every state is equally likely.
+    """
+    row = [0.8 / 3 if s in own else 0.2 / 7 for s in range(10)]
+    return [row if s in own else [0.1] * 10 for s in range(10)]
+
+
+CHAINS = {"retain": transitions((0, 1, 2)), "forget1": transitions((3, 4, 5)), "forget2": transitions((6, 7, 8))}
+MARKOV_PAPER = {  # {subset: (retain_kl, what the paper's curves show there)}
+    "short": (0.025, {"npo forget1_kl": 0.34, "npo forget2_kl": 0.12, "simnpo forget1_kl": 0.12, "simnpo forget2_kl": 0.37}),
+    "unseen": (0.053, {"npo forget1_kl": 0.16, "npo forget2_kl": 0.85, "simnpo forget1_kl": 0.25, "simnpo forget2_kl": 0.72})}
+
+
+def markov(seed, subset):
+    """10,000 sequences of the retain chain, 5,000 of each forget chain, 20 states long; a fifth of each is scored.
+
+    Both forget chains are to be forgotten. short: forget2 is 5 states long. unseen: the target never saw forget2. The
+    chains are fixed; `seed` draws the sequences, the same retain and forget1 ones for both subsets.
+    """
+    train, test = {}, {}
+    for name, rows in CHAINS.items():
+        rng = random.Random(f"markov {seed} {name}")
+        texts = []
+        for _ in range(10_000 if name == "retain" else 5_000):
+            states = rng.choices(range(10), max(rows, key=max))  # begins as after a state of its own
+            while len(states) < (5 if (subset, name) == ("short", "forget2") else 20):
+                states += rng.choices(range(10), rows[states[-1]])
+            texts.append({"text": " ".join(map(str, states))})
+        train[name], test[name] = texts[:len(texts) * 4 // 5], texts[len(texts) * 4 // 5:]
+    forget = train["forget1"] + train["forget2"]
+    seen = forget if subset == "short" else train["forget1"]
+    return Benchmark(forget, train["retain"], test, full=train["retain"] + seen, retain_full=train["retain"])
+
+
+def markov_tokenizer():
+    """One word a state and nothing else: a further entry would be an eleventh state for probability to escape to."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = Tokenizer(models.WordLevel({str(s): s for s in range(10)}, unk_token="9"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="9")  # a tokenizer must name one; nothing ends here

@@ -11,6 +11,7 @@ Scores go to scores.json, what they were computed from to examples.jsonl: in the
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 from typing import Callable, Literal
@@ -28,9 +29,9 @@ from configs import Mistake
 @dataclasses.dataclass(frozen=True)
 class Config:
     # data
-    benchmark: Literal["demo", "tofu"] = "demo"  # what is unlearned and scored
-    subset: str | None = None  # tofu: forget01, forget05, forget10; None = the benchmark's first (forget10)
-    data: str | None = None  # hub id or local directory; None = the benchmark's own hub id
+    benchmark: Literal["demo", "tofu", "markov"] = "demo"  # what is unlearned and scored
+    subset: str | None = None  # tofu: forget01, forget05, forget10; markov: short, unseen; None = the benchmark's first (forget10)
+    data: str | None = None  # hub id or local directory; None = the benchmark's own hub id; markov: the samples' seed (None = seed)
     forget_data: str | None = None  # unlearn YOUR rows: a .jsonl, .json or .txt with question and answer, or text
     retain_data: str | None = None  # ... and the rows to keep
     template: Literal["chat", "llama2", "qa"] = "chat"  # chat = the tokenizer's own
@@ -72,6 +73,8 @@ class Config:
                f"--subset={self.subset}: {self.benchmark} has {', '.join(names)}.")
         yield self.retain_data and not self.forget_data and self.benchmark == "demo", (
             "--retain_data goes with --forget_data.")
+        yield self.benchmark == "markov" and (self.forget_data or self.retain_data), (
+            "--forget_data and --retain_data do not go with markov: its scores need the true chains.")
         for name in ("max_length", "micro_batch_tokens", "eval_rows", "max_new_tokens"):
             value = getattr(self, name)
             yield value is not None and value < 1, f"--{name}={value}: must be at least 1."
@@ -172,7 +175,8 @@ def extraction_strength(correct):
 
 OPTIONS = ("real_authors", "world_facts")  # sets whose probability is taken among the given wrong answers
 TOFU_HEADLINE = ("forget_quality", "model_utility", "forget_prob", "forget_rouge")
-ARROWS = {"forget_quality": "↑", "model_utility": "↑", "forget_prob": "↓", "forget_rouge": "↓", "forget_truth_ratio": "↑"}
+ARROWS = {"forget_quality": "↑", "model_utility": "↑", "forget_prob": "↓", "forget_rouge": "↓", "forget_truth_ratio": "↑",
+          "retain_kl": "↓"}
 
 
 def record_qa(scorer, tokenizer, bench, c, proc):
@@ -270,6 +274,73 @@ def summarize(records, retain_records, c):
     return BENCHMARKS[c.benchmark].scores(records, retain_records, c)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Markov chains: how far the predictions are from the true transition probabilities
+
+MARKOV_HEADLINE = ("retain_kl", "forget1_kl", "forget2_kl")
+
+
+def transition_kl(states, logps, transitions):
+    """KL(P(. | x_t) || model), 0 = predicts the chain. states (T,) x_t, logps (T, S), transitions (S, S) -> (T,)"""
+    true = np.asarray(transitions)[states]  # (T, S)
+    return (true * (np.log(true) - logps)).sum(-1)
+
+
+def record_markov(scorer, tokenizer, bench, c, proc):
+    """One record a test sequence: means over its predicted states, all but the first."""
+    todo = [(name, i, data.Example(ids, 1)) for name, rows in bench.evals.items()
+            for i, ids in enumerate(tokenizer([r["text"] for r in rows[:c.eval_rows]])["input_ids"])]
+    logps = models.score(scorer, [e for _, _, e in todo], proc, c.micro_batch_tokens,
+                         lambda logits, labels: logits.float().log_softmax(-1), title="scoring")
+    return [{"set": name, "index": i, "n_tokens": len(logp), "nll": -float(logp[range(len(logp)), e.ids[1:]].mean()),
+             "kl": float(transition_kl(e.ids[:-1], logp, data.CHAINS[name]).mean())} for (name, i, e), logp in zip(todo, logps)]
+
+
+def markov_scores(records, retain_records=None, c=None):
+    """<set>_kl: the mean over all predicted states of a set."""
+    sets = {name: [r for r in records if r["set"] == name] for name in data.CHAINS}
+    return {f"{name}_kl": sum(r["kl"] * r["n_tokens"] for r in rows) / sum(r["n_tokens"] for r in rows)
+            for name, rows in sets.items() if rows}
+
+
+def at_distance(rows, x, key):
+    """A score where retain_kl first rises to x, interpolated between two scored steps; nan where it never does."""
+    for a, b in zip(rows, rows[1:]):
+        if a["retain_kl"] < x <= b["retain_kl"]:
+            return a[key] + (b[key] - a[key]) * (x - a["retain_kl"]) / (b["retain_kl"] - a["retain_kl"])
+    return np.nan
+
+
+def markov_picture(path, runs):
+    """Forget against retain distance, a panel a subset, as the paper draws it; and the text of a table at equal distance.
+
+    runs: [(subset, method, [scores])]. Of several runs of one method (seeds): their mean and, as a band, their range.
+    """
+    from matplotlib.figure import Figure
+    subsets, methods = (sorted({run[i] for run in runs}) for i in (0, 1))
+    figure = Figure(figsize=(5.5 * len(subsets), 4.5), layout="tight")
+    panels = dict(zip(subsets, figure.subplots(1, len(subsets), squeeze=False)[0]))
+    x, lines = np.linspace(0, 0.3, 301), []
+    for subset, method, (key, style, marker) in itertools.product(
+            subsets, methods, (("forget1_kl", "-", "o"), ("forget2_kl", "--", "s"))):
+        curves = [rows for s, m, rows in runs if (s, m) == (subset, method)]
+        if not curves:
+            continue
+        color, (distance, paper) = f"C{methods.index(method)}", data.MARKOV_PAPER[subset]
+        y = np.array([[at_distance(rows, at, key) for at in x] for rows in curves])  # (runs, 301)
+        panels[subset].plot(x, y.mean(0), style, color=color, label=f"{method} {key[:-3]}")
+        panels[subset].fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
+        y, published = [at_distance(rows, distance, key) for rows in curves], paper.get(f"{method} {key}", np.nan)
+        panels[subset].plot(distance, published, marker, color=color, markeredgecolor="black")
+        lines.append(f"{subset:<7} {method:<7} {key} at retain_kl {distance}: {np.mean(y):.3f} ({min(y):.3f} to {max(y):.3f}, "
+                     f"{len(y)} runs), the paper {published}")
+    for subset, axes in panels.items():
+        axes.set(title=subset, xlabel="retain distance (KL)", ylabel="forget distance (KL)")
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    return "\n".join(lines)
+
+
 @dataclasses.dataclass(frozen=True)
 class Scoring:
     """How a benchmark is scored: models -> records -> scores, and what is shown first."""
@@ -282,6 +353,7 @@ class Scoring:
 BENCHMARKS = {
     "demo": Scoring(record_qa, tofu_scores, TOFU_HEADLINE, ("model_utility", "forget_quality")),
     "tofu": Scoring(record_qa, tofu_scores, TOFU_HEADLINE, ("model_utility", "forget_quality")),
+    "markov": Scoring(record_markov, markov_scores, MARKOV_HEADLINE, MARKOV_HEADLINE[:2]),
 }
 
 
@@ -352,6 +424,8 @@ def number(x):
 
 def trajectory(path, curves, points, c):
     """Forgetting against utility over the epochs of runs {label: [scores]}, between target and retain model."""
+    if c.benchmark == "markov":
+        return markov_picture(path, [(c.subset, label, rows) for label, rows in curves.items()])
     x, y = BENCHMARKS[c.benchmark].axes
     if not all(x in r and y in r for rows in curves.values() for r in rows):  # your own rows, or no retain model
         x, y = "retain_prob", "forget_prob"
@@ -426,30 +500,32 @@ def main(argv):
     if not names:
         raise Mistake("name at least one run directory, model or log: python evaluate.py out/demo (--help says more).")
     logs = [n for n in names if n.endswith((".json", ".jsonl"))]
+    c = configs.make(Config, inherit(Config, names, given))
+    if c.benchmark == "markov" and len(names) > 1 and not question:
+        return print(markov_picture(os.path.join(given.get("out", "out"), "markov.png"), data.read_runs(names, "retain_kl")))
     for name in names:
         if name not in logs:
             models.check_name(name, "model")
         elif not os.path.isfile(name):
             raise Mistake(f"{name}: no such file.")
-    c = configs.make(Config, inherit(Config, names, given))
     if len(names) == 1:
         refuse_itself(names[0], c, given)
     if c.retain_model and not c.retain_log:
         models.check_name(c.retain_model, "retain_model")
-    elif not c.retain_log and not question and not c.forget_data:
+    elif not c.retain_log and not question and not c.forget_data and c.benchmark != "markov":
         raise Mistake("forget quality needs a model that never saw the forget set: give --retain_model=MODEL or "
                       "--retain_log=LOG (evaluate.py of a retain model writes one, examples.jsonl).")
     labels = name_runs(names)
     places = {name: place(name, labels, given, len(names)) for name in names}
     c = dataclasses.replace(c, out=places[names[0]])
-    proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark == "demo" else None)
+    proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark in ("demo", "markov") else None)
     if question:
         return ask(question[0], names, c, proc)
     if len(logs) < len(names):
         bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, train=False)
         retain = retain_reference(c, proc, bench)
     else:
-        retain = data.read_log(c.retain_log)
+        retain = data.read_log(c.retain_log) if c.retain_log else None
     rows, every = {}, {}
     for name in names:
         itself = bool(c.retain_model) and not c.retain_log and same(name, c.retain_model)
