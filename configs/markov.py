@@ -16,7 +16,7 @@ steps = 50
 batch_size = 4
 weight_decay = 0.0
 grad_clip = 0.0
-eval_at = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 30, 40, 50)
+eval_at = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50)
 
 finetune_lr = 5e-4
 finetune_epochs = 5
