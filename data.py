@@ -6,6 +6,7 @@
 Rows are plain dicts with question and answer, or text. Nothing here depends on a model.
 """
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -420,7 +421,8 @@ def transitions(own):
     return [row if s in own else [0.1] * 10 for s in range(10)]
 
 
-CHAINS = {"retain": transitions((0, 1, 2)), "forget1": transitions((3, 4, 5)), "forget2": transitions((6, 7, 8))}
+OWN = {"retain": (0, 1, 2), "forget1": (3, 4, 5), "forget2": (6, 7, 8)}  # state 9 is nobody's
+CHAINS = {name: transitions(own) for name, own in OWN.items()}
 MARKOV_PAPER = {  # {subset: (retain_kl, what the paper's curves show there)}
     "short": (0.025, {"npo forget1_kl": 0.34, "npo forget2_kl": 0.12, "simnpo forget1_kl": 0.12, "simnpo forget2_kl": 0.37}),
     "unseen": (0.053, {"npo forget1_kl": 0.16, "npo forget2_kl": 0.85, "simnpo forget1_kl": 0.25, "simnpo forget2_kl": 0.72})}
@@ -434,12 +436,12 @@ def markov(seed, subset):
     """
     train, test = {}, {}
     for name, rows in CHAINS.items():
-        rng = random.Random(f"markov {seed} {name}")
-        texts = []
+        rng, texts = random.Random(f"markov {seed} {name}"), []
+        sums = [list(itertools.accumulate(row)) for row in rows]
         for _ in range(10_000 if name == "retain" else 5_000):
-            states = rng.choices(range(10), max(rows, key=max))  # begins as after a state of its own
+            states = rng.choices(range(10), cum_weights=sums[OWN[name][0]])  # begins as after a state of its own
             while len(states) < (5 if (subset, name) == ("short", "forget2") else 20):
-                states += rng.choices(range(10), rows[states[-1]])
+                states += rng.choices(range(10), cum_weights=sums[states[-1]])
             texts.append({"text": " ".join(map(str, states))})
         train[name], test[name] = texts[:len(texts) * 4 // 5], texts[len(texts) * 4 // 5:]
     forget = train["forget1"] + train["forget2"]

@@ -321,22 +321,22 @@ def markov_picture(path, runs):
     figure = Figure(figsize=(5.5 * len(subsets), 4.5), layout="tight")
     panels = dict(zip(subsets, figure.subplots(1, len(subsets), squeeze=False)[0]))
     x, lines = np.linspace(0, 0.3, 301), []
-    for subset, method, (key, style, marker) in itertools.product(
-            subsets, methods, (("forget1_kl", "-", "o"), ("forget2_kl", "--", "s"))):
-        curves = [rows for s, m, rows in runs if (s, m) == (subset, method)]
-        if not curves:
-            continue
-        color, (distance, paper) = f"C{methods.index(method)}", data.MARKOV_PAPER[subset]
+    for (subset, method), (key, style, marker) in itertools.product(
+            sorted({run[:2] for run in runs}), (("forget1_kl", "-", "o"), ("forget2_kl", "--", "s"))):
+        distance, paper = data.MARKOV_PAPER[subset]
+        curves = [rows for *run, rows in runs if run == [subset, method]]
         y = np.array([[at_distance(rows, at, key) for at in x] for rows in curves])  # (runs, 301)
+        published, color = paper.get(f"{method} {key}", np.nan), f"C{methods.index(method)}"
         panels[subset].plot(x, y.mean(0), style, color=color, label=f"{method} {key[:-3]}")
         panels[subset].fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
-        y, published = [at_distance(rows, distance, key) for rows in curves], paper.get(f"{method} {key}", np.nan)
         panels[subset].plot(distance, published, marker, color=color, markeredgecolor="black")
-        lines.append(f"{subset:<7} {method:<7} {key} at retain_kl {distance}: {np.mean(y):.3f} ({min(y):.3f} to {max(y):.3f}, "
-                     f"{len(y)} runs), the paper {published}")
+        there = [v for v in (at_distance(rows, distance, key) for rows in curves) if v == v] or [np.nan]
+        lines.append(f"{subset:<7} {method:<7} {key} at retain_kl {distance}: {np.mean(there):.3f} ({min(there):.3f} to "
+                     f"{max(there):.3f}, {len(there)} of {len(curves)} runs), the paper {published}")
     for subset, axes in panels.items():
         axes.set(title=subset, xlabel="retain distance (KL)", ylabel="forget distance (KL)")
         axes.legend(fontsize=8)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     figure.savefig(path, dpi=150)
     return "\n".join(lines)
 

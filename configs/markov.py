@@ -1,5 +1,11 @@
-# SimNPO's analysis by Markov chains (arXiv 2410.07163): which of two forgotten chains pays for the retain damage?
-# python unlearn.py configs/markov.py
+# SimNPO's analysis by mixtures of Markov chains (arXiv 2410.07163): what does forgetting cost the chain that is kept?
+# python unlearn.py configs/markov.py     one run, no download; minutes on a CPU core, nearly all of them for the target
+# Five seeds, both methods, both subsets, and their picture and table beside the paper's, in out/markov.png:
+#   for seed in 0 1 2 3 4; do for subset in short unseen; do for method in "npo --beta=1" "simnpo --beta=4"; do
+#     python unlearn.py configs/markov.py --seed=$seed --subset=$subset --forget_loss=$method \
+#       --model=out/markov_${subset}_target_$seed --retain_model=None --out=out/markov_${subset}_${method%% *}_$seed
+#   done; done; done
+#   python evaluate.py out/markov_{short,unseen}_{npo,simnpo}_?
 benchmark = "markov"
 subset = "short"                      # forget2 is 5 states long, all else 20; unseen: all 20, the target never saw forget2
 template = "qa"                       # has no effect: rows are plain text

@@ -17,6 +17,9 @@ from configs import Mistake
 OWN = {"retain": (0, 1, 2), "forget1": (3, 4, 5), "forget2": (6, 7, 8)}  # state 9 belongs to nobody
 
 
+draw = functools.cache(data.markov)
+
+
 def states(rows):
     return [list(map(int, r["text"].split())) for r in rows]
 
@@ -33,7 +36,7 @@ def test_chains_follow_their_definition(name):
 
 
 def test_samples_have_the_transitions_of_their_chain_and_a_fifth_is_scored():
-    bench = data.load("markov", "short", "3")
+    bench = draw("1", "short")
     assert {k: len(v) for k, v in bench.evals.items()} == {"retain": 2000, "forget1": 1000, "forget2": 1000}
     assert [len(x) for x in (bench.forget, bench.retain, bench.full, bench.retain_full)] == [8000, 8000, 16000, 8000]
     for name, rows in {"retain": bench.retain, "forget1": bench.forget[:4000], "forget2": bench.forget[4000:]}.items():
@@ -49,18 +52,17 @@ def test_samples_have_the_transitions_of_their_chain_and_a_fifth_is_scored():
 
 
 def test_unseen_has_long_sequences_and_a_target_that_never_saw_forget2():
-    short, unseen = data.load("markov", "short", "3"), data.load("markov", "unseen", "3")
+    short, unseen = draw("1", "short"), draw("1", "unseen")
     assert {len(s) for s in states(unseen.forget)} == {20}
     assert len(unseen.forget) == 8000 and unseen.full == unseen.retain + unseen.forget[:4000]
     assert unseen.retain == short.retain and unseen.evals["forget1"] == short.evals["forget1"]
 
 
 def test_a_seed_draws_other_sequences_and_the_same_seed_the_same():
-    a, again, b = (data.markov(seed, "short") for seed in ("0", "0", "1"))
+    a, again, b = draw("0", "short"), data.load("markov", "short"), draw("1", "short")
     assert a == again and a.retain != b.retain and a.evals["forget2"] != b.evals["forget2"]
-    for seed in (1, 2):
-        c, _, _ = configs.load(unlearn.Config, [str(ROOT / "configs" / "markov.py"), f"--seed={seed}"])
-        assert c.data == str(seed)
+    c, _, _ = configs.load(unlearn.Config, [str(ROOT / "configs" / "markov.py"), "--seed=5"])
+    assert c.data == "5"  # the run's seed, unless told otherwise
     assert configs.load(unlearn.Config, ["--benchmark=markov", "--data=7", "--seed=1"])[0].data == "7"
 
 
@@ -98,27 +100,29 @@ def runs(tmp_path_factory):
     """Both subsets at a small size, as the config says otherwise: {name: scored rows}. No retain model is needed."""
     patch = pytest.MonkeyPatch()
     patch.setattr(models, "tiny_gpt2", functools.partial(models.tiny_gpt2, hidden=64, layers=2))
+    patch.setitem(data.LOADERS, "markov", lambda source, subset, *_: draw(source, subset))
     patch.chdir(tmp_path_factory.mktemp("markov"))
     words = [str(ROOT / "configs" / "markov.py"), "--retain_model=None", "--device=cpu", "--finetune_lr=2e-3",
-             "--finetune_epochs=2", "--steps=16", "--eval_rows=100", "--eval_at=2,4,6,8,10,12,14"]
-    for subset, loss, beta in (("short", "npo", 1), ("short", "simnpo", 4), ("unseen", "simnpo", 4)):
-        unlearn.main([*words, f"--subset={subset}", f"--model=out/{subset}_target", f"--forget_loss={loss}", f"--beta={beta}"])
-    yield {name: log_of(f"out/markov_{name}", scored=True) for name in ("short_npo", "short_simnpo", "unseen_simnpo")}
+             "--finetune_epochs=2", "--eval_rows=100"]
+    for subset, loss, beta, steps in (("short", "npo", 1, 40), ("short", "simnpo", 4, 40), ("unseen", "npo", 1, 1)):
+        unlearn.main([*words, f"--subset={subset}", f"--model=out/{subset}_target", f"--forget_loss={loss}", f"--beta={beta}",
+                      f"--steps={steps}", "--eval_at=4,8,12,16,20,24,28,32,36,40"])
+    yield {name: log_of(f"out/markov_{name}", scored=True) for name in ("short_npo", "short_simnpo", "unseen_npo")}
     patch.undo()
 
 
 def test_simnpo_forgets_short_sequences_at_less_retain_damage_than_npo(runs):
     """Retain distance at which the forget distance of the short chain reaches 0.5."""
     def damage(rows):
-        return next(a["retain_kl"] + (b["retain_kl"] - a["retain_kl"]) * (0.5 - a["forget2_kl"]) / (b["forget2_kl"] - a["forget2_kl"])
-                    for a, b in zip(rows, rows[1:]) if a["forget2_kl"] < 0.5 <= b["forget2_kl"])
-    print({k: [tuple(round(r[n], 3) for n in evaluate.MARKOV_HEADLINE) for r in v] for k, v in runs.items()})
+        a, b = next((a, b) for a, b in zip(rows, rows[1:]) if a["forget2_kl"] < 0.5 <= b["forget2_kl"])
+        return np.interp(0.5, [a["forget2_kl"], b["forget2_kl"]], [a["retain_kl"], b["retain_kl"]])
+
     assert damage(runs["short_simnpo"]) < 0.8 * damage(runs["short_npo"])
 
 
 def test_a_chain_the_target_never_saw_starts_at_a_distance_and_a_learned_one_does_not(runs):
-    seen, unseen = runs["short_npo"][0], runs["unseen_simnpo"][0]
-    assert unseen["forget2_kl"] > 0.2 > 4 * max(seen["retain_kl"], unseen["retain_kl"], seen["forget1_kl"])
+    seen, unseen = runs["short_npo"][0], runs["unseen_npo"][0]
+    assert unseen["forget2_kl"] > 0.3 > 5 * max(seen["retain_kl"], unseen["retain_kl"], seen["forget1_kl"])
 
 
 def test_runs_are_scored_alone_and_compared_from_their_logs(runs, capsys):
