@@ -6,6 +6,7 @@
 Rows are plain dicts with question and answer, or text, or raw (to be cut into chunks). Nothing here depends on a model.
 """
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -14,7 +15,8 @@ from typing import NamedTuple
 from configs import Mistake
 
 HUB = {"tofu": "locuslab/TOFU", "muse": "muse-bench/MUSE-{}"}  # {}: the subset
-SUBSETS = {"demo": ("authors",), "tofu": ("forget10", "forget05", "forget01"), "muse": ("news", "books")}  # first = default
+SUBSETS = {"demo": ("authors",), "tofu": ("forget10", "forget05", "forget01"), "muse": ("news", "books"),
+           "markov": ("short", "unseen")}  # the first is the default
 REFUSALS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "refusals.txt")
 
 
@@ -155,7 +157,8 @@ def load_tofu(source, subset, train=True, score=True):
     return bench
 
 
-LOADERS = {"demo": lambda source, subset, train, score: demo(), "tofu": load_tofu}
+LOADERS = {"demo": lambda source, subset, train, score: demo(), "tofu": load_tofu,
+           "markov": lambda source, subset, train, score: markov(source or "0", subset)}
 MUSE_SETS = ("verbmem_f", "knowmem_f", "knowmem_r", "privleak_f", "privleak_h")  # _f forget, _r retain, _h holdout
 
 
@@ -494,3 +497,49 @@ def demo_tokenizer():
              for a in (r["answer"], r.get("paraphrased_answer", r["answer"]))]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a mixture of Markov chains: what is to be forgotten is known exactly (SimNPO, arXiv 2410.07163, section 4 and appendix)
+
+def transitions(own):
+    """P(next | state) of the chain that prefers the states `own`: (10, 10), rows sum to one.
+
+    From its own states it stays among them with probability 0.8; from any other every state is equally likely.
+    """
+    row = [0.8 / 3 if s in own else 0.2 / 7 for s in range(10)]
+    return [row if s in own else [0.1] * 10 for s in range(10)]
+
+
+OWN = {"retain": (0, 1, 2), "forget1": (3, 4, 5), "forget2": (6, 7, 8)}  # state 9 is nobody's
+CHAINS = {name: transitions(own) for name, own in OWN.items()}
+
+
+def markov(seed, subset):
+    """10,000 sequences of the retain chain, 5,000 of each forget chain, 20 states long; a fifth of each is scored.
+
+    Both forget chains are to be forgotten. short: forget2 is 5 states long. unseen: the target never saw forget2. The
+    chains are fixed; `seed` draws the sequences, the same retain and forget1 ones for both subsets.
+    """
+    train, test = {}, {}
+    for name, rows in CHAINS.items():
+        rng, texts = random.Random(f"markov {seed} {name}"), []
+        sums = [list(itertools.accumulate(row)) for row in rows]
+        for _ in range(10_000 if name == "retain" else 5_000):
+            states = rng.choices(range(10), cum_weights=sums[OWN[name][0]])  # begins as after a state of its own
+            while len(states) < (5 if (subset, name) == ("short", "forget2") else 20):
+                states += rng.choices(range(10), cum_weights=sums[states[-1]])
+            texts.append({"text": " ".join(map(str, states))})
+        train[name], test[name] = texts[:len(texts) * 4 // 5], texts[len(texts) * 4 // 5:]
+    forget = train["forget1"] + train["forget2"]
+    seen = forget if subset == "short" else train["forget1"]
+    return Benchmark(forget, train["retain"], test, full=train["retain"] + seen, retain_full=train["retain"])
+
+
+def markov_tokenizer():
+    """One word a state and nothing else: a further entry would be an eleventh state for probability to escape to."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = Tokenizer(models.WordLevel({str(s): s for s in range(10)}, unk_token="9"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="9")  # a tokenizer must name one; nothing ends here

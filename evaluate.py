@@ -33,9 +33,9 @@ from configs import Mistake
 @dataclasses.dataclass(frozen=True)
 class Config:
     # data
-    benchmark: Literal["demo", "tofu", "muse"] = "demo"  # what is unlearned and scored
-    subset: str | None = None  # tofu: forget10, forget05, forget01; muse: news, books; None = the first of these
-    data: str | None = None  # hub id or local directory; None = the benchmark's own hub id
+    benchmark: Literal["demo", "tofu", "muse", "markov"] = "demo"  # what is unlearned and scored
+    subset: str | None = None  # tofu: forget10, forget05, forget01; muse: news, books; markov: short, unseen; None = the first
+    data: str | None = None  # hub id or local directory; None = the benchmark's own hub id; markov: what its samples are drawn from, None = seed
     split: str | None = None  # muse: the text to unlearn, None = raw/forget; News has scal/forget_1 to 4 and sust/ too
     forget_data: str | None = None  # unlearn YOUR rows: a .jsonl, .json or .txt with question and answer, or text
     retain_data: str | None = None  # ... and the rows to keep
@@ -83,6 +83,8 @@ class Config:
             "--retain_data goes with --forget_data.")
         yield self.split and (self.benchmark != "muse" or self.split.count("/") != 1), (
             f"--split={self.split}: is config/split of MUSE's data, as in --benchmark=muse --split=scal/forget_2.")
+        yield self.benchmark == "markov" and (self.forget_data or self.retain_data), (
+            "--forget_data and --retain_data do not go with markov: its scores need the true chains.")
         for name in ("max_length", "micro_batch_tokens", "eval_rows", "max_new_tokens"):
             value, least = getattr(self, name), 2 if name == "max_length" else 1
             yield value is not None and value < least, f"--{name}={value}: must be at least {least}."
@@ -184,7 +186,7 @@ def extraction_strength(correct):
 OPTIONS = ("real_authors", "world_facts")  # sets whose probability is taken among the given wrong answers
 TOFU_HEADLINE = ("forget_quality", "model_utility", "forget_prob", "forget_rouge")
 ARROWS = {"forget_quality": "↑", "model_utility": "↑", "forget_prob": "↓", "forget_rouge": "↓", "forget_truth_ratio": "↑",
-          "verbmem_f": "↓", "knowmem_f": "↓", "knowmem_r": "↑", "privleak": "→ 0",
+          "retain_kl": "↓", "verbmem_f": "↓", "knowmem_f": "↓", "knowmem_r": "↑", "privleak": "→ 0",
           "exact_memorization": "↓", "extraction_strength": "↓", **{f"mia_{k}": "→ 0.5" for k in
           ("loss", "zlib", "min_k", "min_k_pp", "reference", "gradnorm")}}
 
@@ -293,9 +295,7 @@ def audit_scores(records, retain_records):
 def tofu_scores(records, retain_records=None, c=None):
     """The flat dict of scores of records; forget_quality where the retain model's records are given, and are not these."""
     sets, scores = by_set(records), {}
-    for name, rows in sets.items():
-        if name.startswith("audit_"):
-            continue
+    for name, rows in ((n, rows) for n, rows in sets.items() if not n.startswith("audit_")):
         prob = np.exp([-r["nll"] for r in rows])
         if name in OPTIONS:
             prob = prob / (prob + [np.exp(-np.array(r["perturbed_nll"])).sum() for r in rows])
@@ -387,6 +387,35 @@ def muse_scores(records, retain_records=None, c=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Markov chains: how far the predictions are from the true transition probabilities
+
+MARKOV_HEADLINE = ("retain_kl", "forget1_kl", "forget2_kl")
+
+
+def transition_kl(states, logps, transitions):
+    """KL(P(. | x_t) || model), 0 = predicts the chain. states (T,) x_t, logps (T, S), transitions (S, S) -> (T,)"""
+    true = np.asarray(transitions)[states]  # (T, S)
+    return (true * (np.log(true) - logps)).sum(-1)
+
+
+def record_markov(scorer, tokenizer, bench, c, proc):
+    """One record a test sequence: means over its predicted states, all but the first."""
+    todo = [(name, i, data.Example(ids, 1)) for name, rows in bench.evals.items()
+            for i, ids in enumerate(tokenizer([r["text"] for r in rows[:c.eval_rows]])["input_ids"])]
+    logps = models.score(scorer, [e for _, _, e in todo], proc, c.micro_batch_tokens,
+                         lambda logits, labels: logits.float().log_softmax(-1), title="scoring")
+    return [{"set": name, "index": i, "n_tokens": len(logp), "nll": -float(logp[range(len(logp)), e.ids[1:]].mean()),
+             "kl": float(transition_kl(e.ids[:-1], logp, data.CHAINS[name]).mean())} for (name, i, e), logp in zip(todo, logps)]
+
+
+def markov_scores(records, retain_records=None, c=None):
+    """<set>_kl: the mean over all predicted states of a set."""
+    sets = {name: [r for r in records if r["set"] == name] for name in data.CHAINS}
+    return {f"{name}_kl": sum(r["kl"] * r["n_tokens"] for r in rows) / sum(r["n_tokens"] for r in rows)
+            for name, rows in sets.items() if rows}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # any benchmark
 
 
@@ -427,6 +456,7 @@ BENCHMARKS = {
     "demo": Scoring(record_qa, tofu_scores, TOFU_HEADLINE, ("model_utility", "forget_quality")),
     "tofu": Scoring(record_qa, tofu_scores, TOFU_HEADLINE, ("model_utility", "forget_quality")),
     "muse": Scoring(record_muse, muse_scores, MUSE_HEADLINE, ("knowmem_r", "knowmem_f"), 2048, 128, "qa", False),
+    "markov": Scoring(record_markov, markov_scores, MARKOV_HEADLINE, MARKOV_HEADLINE[:2], template="qa", needs_retain=False),
 }
 
 
@@ -547,12 +577,12 @@ def main(argv):
     if not names:
         raise Mistake("name at least one run directory, model or log: python evaluate.py out/demo (--help says more).")
     logs = [n for n in names if n.endswith((".json", ".jsonl"))]
+    c = configs.make(Config, inherit(Config, names, given))
     for name in names:
         if name not in logs:
             models.check_name(name, "model")
         elif not os.path.isfile(name):
             raise Mistake(f"{name}: no such file.")
-    c = configs.make(Config, inherit(Config, names, given))
     if len(names) == 1:
         refuse_itself(names[0], c, given)
     if c.retain_model and not c.retain_log:
@@ -563,7 +593,7 @@ def main(argv):
     labels = name_runs(names)
     places = {name: place(name, labels, given, len(names)) for name in names}
     c = dataclasses.replace(c, out=places[names[0]])
-    proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark == "demo" else None)
+    proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark in ("demo", "markov") else None)
     if question:
         return ask(question[0], names, c, proc)
     if len(logs) < len(names):

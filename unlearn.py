@@ -77,6 +77,8 @@ class Config(evaluate.Config):
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "out", self.out or f"out/{self.benchmark}_{self.subset}_{self.forget_loss}")
+        if self.benchmark == "markov":  # its sequences are drawn anew for each seed
+            object.__setattr__(self, "data", self.data or str(self.seed))
 
     def problems(self):
         yield from super().problems()
@@ -415,7 +417,7 @@ def encode_sets(c, tokenizer, proc, **sets):
     return examples, kept
 
 
-TINY = "tiny"  # the base model of the demo: a small random Llama and a tokenizer made for its text
+TINY = "tiny"  # the base model of demo and markov: small, random, with a tokenizer made for its text
 
 
 def make(c, proc, path, rows, title):
@@ -426,8 +428,9 @@ def make(c, proc, path, rows, title):
     if models.claim(dataclasses.replace(f, resume=True), proc):
         return
     if c.base_model == TINY:
-        tokenizer = data.demo_tokenizer()
-        scorer = models.Scorer(models.tiny_llama(tokenizer, proc, c.seed))
+        markov = c.benchmark == "markov"
+        tokenizer = data.markov_tokenizer() if markov else data.demo_tokenizer()
+        scorer = models.Scorer((models.tiny_gpt2 if markov else models.tiny_llama)(tokenizer, proc, c.seed))
     else:
         scorer, tokenizer = evaluate.load(c.base_model, c, proc)
     models.start(f, proc)
@@ -471,7 +474,7 @@ def main(argv):
     if names:
         raise Mistake(f"{names[0]}: not a config file (*.py) and not --key=value.")
     check_models(c)
-    proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark == "demo" else None)
+    proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark in ("demo", "markov") else None)
     if models.claim(c, proc):
         proc.say(f"{c.out} is finished; --overwrite=True runs it again.")
         table = os.path.join(c.out, "table.txt")
@@ -491,7 +494,7 @@ def main(argv):
         return models.finish(c, proc, scorer, tokenizer)
     scoring = dataclasses.replace(c, audits=False)  # what needs gradients and a holdout set is evaluate.py's
     retain = evaluate.retain_reference(scoring, proc, bench)
-    if not retain and not c.forget_data:
+    if not retain and evaluate.BENCHMARKS[c.benchmark].needs_retain and not c.forget_data:
         proc.say("No retain_model and no retain_log: forget quality is left out (evaluate.py can add it later).")
     last = {}
 
