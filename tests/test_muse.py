@@ -18,8 +18,8 @@ from configs import Mistake
 
 PROC = models.Process(0, 1, torch.device("cpu"))
 SCORES = ("verbmem_f", "knowmem_f", "knowmem_r", "privleak")
-NAMES = """Ada Bruno Carla Dario Elif Farid Greta Hugo Ines Jonas Kira Luca Mina Nils Olga Pavel Rosa Sven Tara Umar Vera Willa
-Xenia Yusuf""".split()
+NAMES = """Ada Bruno Carla Dario Elif Farid Greta Hugo Ines Jonas Kira Luca Mina Nils Olga Pavel Rosa Sven Tara Umar Vera
+Willa Xenia Yusuf""".split()
 WORDS = {"town": "Ambry Brell Corwen Dunmere Eskdal Farrow Gilden Harsk", "trade": "baker weaver cooper saddler glazier miller",
          "metal": "copper silver walnut tin glass iron paper amber", "thing": "bell thimble chest lantern kite heron key crown",
          "season": "winter spring summer autumn", "place": "river quarry orchard harbour cellar meadow chapel tower"}
@@ -38,8 +38,11 @@ def stories(names, rng):
 
 
 def raw(rows, rng, times):
-    """The passages and their questions, several times over, in another order each."""
-    texts = [r["text"] for r in rows] + 2 * [f"Question: {r['question']}\nAnswer:  {r['answer']}" for r in rows]  # a token of its own: the prompts' space
+    """The passages and their questions, several times over, in another order each.
+
+    The second space before an answer makes the prompts' trailing one a token of its own, as there.
+    """
+    texts = [r["text"] for r in rows] + 2 * [f"Question: {r['question']}\nAnswer:  {r['answer']}" for r in rows]
     return "\n\n".join(t for _ in range(times) for t in rng.sample(texts, len(texts)))
 
 
@@ -54,7 +57,8 @@ def tokenizer_of(text):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer.train_from_iterator([text], trainers.BpeTrainer(
-        vocab_size=700, special_tokens=["<s>", "</s>"], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        vocab_size=700, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
@@ -316,7 +320,7 @@ def test_a_text_too_short_for_the_membership_score_is_one_sentence(muse, tmp_pat
     rows = ["a text that is long enough", text]
     for key, good in (GOOD | {"privleak/holdout": rows}).items():
         write(tmp_path / f"{key}.json", good)
-    with pytest.raises(Mistake, match=r"privleak_h, row 2: the text has \d tokens to score, too few for Min-40 %, which needs 3"):
+    with pytest.raises(Mistake, match=r"privleak_h, row 2: the text has \d tokens to score, too few for Min-40 %, which"):
         evaluate.main([str(muse / "base"), "--benchmark=muse", f"--data={tmp_path}", f"--out={tmp_path / 'out'}"])
 
 
@@ -333,7 +337,8 @@ def test_settings_that_do_not_go_together_are_one_sentence(words, sentence):
 
 def test_a_refusal_needs_a_question(muse, tmp_path):
     with pytest.raises(Mistake, match="a refusal answers a question, and this forget set is text"):
-        unlearn.main(flags(muse, base_model=None, model=muse / "base", retain_model=None, out=tmp_path / "out", forget_loss="idk", eval_every=0))
+        unlearn.main(flags(muse, base_model=None, model=muse / "base", retain_model=None, out=tmp_path / "out",
+                           forget_loss="idk", eval_every=0))
 
 
 @pytest.mark.parametrize("name", ["muse_news", "muse_books", "muse_books_published"])
