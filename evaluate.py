@@ -355,8 +355,8 @@ def record_muse(scorer, tokenizer, bench, c, proc):
     for r, e in zip(texts, examples):
         r["n_tokens"] = len(e.ids) - 1 - c.skip_last
         if int(0.4 * r["n_tokens"]) < 1:  # the original's mean of nothing
-            raise Mistake(f"{r['set']}, row {r['index'] + 1}: the text has {r['n_tokens']} tokens to score, too few for Min-40 %, "
-                          "which needs 3.")
+            raise Mistake(f"{r['set']}, row {r['index'] + 1}: the text has {r['n_tokens']} tokens to score, too few for "
+                          "Min-40 %, which needs 3.")
     for r, logp in zip(texts, models.score(scorer, examples, proc, c.micro_batch_tokens, title="scoring")):
         r |= {"nll": -float(logp.mean()), "min_k": min_k(logp[:r["n_tokens"], 0])}
     for rows, n in ((sets["verbmem_f"], c.max_new_tokens), (sets["knowmem_f"] + sets["knowmem_r"], KNOWMEM_TOKENS)):

@@ -4,7 +4,7 @@
 # Memory: float32 master weights, gradients and AdamW are 107.8 GB of every GPU: 141 GB cards (H200; one alone: about 126 GB
 # with activations, the same steps and result), not 80 GB ones.
 #
-# Sustainability, one request after the other, each from the model before (scalability: scal/forget_$i, always from the target):
+# Sustainability, request after request, each from the model before (scalability: scal/forget_$i, always from the target):
 #   model=muse-bench/MUSE-News_target
 #   for i in 1 2 3 4; do
 #     torchrun --nproc_per_node=8 unlearn.py configs/muse_news.py --split=sust/forget_$i --model=$model --out=out/sust_$i
