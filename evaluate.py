@@ -186,8 +186,8 @@ def extraction_strength(correct):
 OPTIONS = ("real_authors", "world_facts")  # sets whose probability is taken among the given wrong answers
 TOFU_HEADLINE = ("forget_quality", "model_utility", "forget_prob", "forget_rouge")
 ARROWS = {"forget_quality": "↑", "model_utility": "↑", "forget_prob": "↓", "forget_rouge": "↓", "forget_truth_ratio": "↑",
-          "retain_kl": "↓", "verbmem_f": "↓", "knowmem_f": "↓", "knowmem_r": "↑", "privleak": "→ 0",
-          "exact_memorization": "↓", "extraction_strength": "↓", **{f"mia_{k}": "→ 0.5" for k in
+          "retain_kl": "↓", "verbmem_f": "↓", "knowmem_f": "↓", "knowmem_r": "↑", "privleak": "→0",
+          "exact_memorization": "↓", "extraction_strength": "↓", **{f"mia_{k}": "→0.5" for k in
           ("loss", "zlib", "min_k", "min_k_pp", "reference", "gradnorm")}}
 
 
