@@ -20,8 +20,9 @@ PROC = models.Process(0, 1, torch.device("cpu"))
 SCORES = ("verbmem_f", "knowmem_f", "knowmem_r", "privleak")
 NAMES = """Ada Bruno Carla Dario Elif Farid Greta Hugo Ines Jonas Kira Luca Mina Nils Olga Pavel Rosa Sven Tara Umar Vera
 Willa Xenia Yusuf""".split()
-WORDS = {"town": "Ambry Brell Corwen Dunmere Eskdal Farrow Gilden Harsk", "trade": "baker weaver cooper saddler glazier miller",
-         "metal": "copper silver walnut tin glass iron paper amber", "thing": "bell thimble chest lantern kite heron key crown",
+WORDS = {"town": "Ambry Brell Corwen Dunmere Eskdal Farrow Gilden Harsk",
+         "trade": "baker weaver cooper saddler glazier miller", "metal": "copper silver walnut tin glass iron paper amber",
+         "thing": "bell thimble chest lantern kite heron key crown",
          "season": "winter spring summer autumn", "place": "river quarry orchard harbour cellar meadow chapel tower"}
 
 
@@ -31,8 +32,8 @@ def stories(names, rng):
     for name in names:
         w = {k: rng.sample(v.split(), 2) for k, v in WORDS.items()}
         rows.append({"text": f"{name} was a {w['trade'][0]} from {w['town'][0]}. One {w['season'][0]} {name} lost the "
-                             f"{w['metal'][0]} {w['thing'][0]} in the {w['place'][0]}, and a {w['trade'][1]} of {w['town'][1]} "
-                             f"found it.",
+                             f"{w['metal'][0]} {w['thing'][0]} in the {w['place'][0]}, and a {w['trade'][1]} of "
+                             f"{w['town'][1]} found it.",
                      "question": f"What did {name} lose?", "answer": f"{w['metal'][0]} {w['thing'][0]}"})
     return rows
 
@@ -70,7 +71,8 @@ def muse(tmp_path_factory):
     d, sets = root / "data", {}
     for i, name in enumerate(("forget", "retain", "holdout")):
         sets[name] = stories(NAMES[7 * i:7 * i + 7], rng)
-        write(d / "raw" / f"{dict(retain='retain1').get(name, name)}.txt", raw(sets[name], rng, 3 if name == "retain" else 2))
+        file = "retain1" if name == "retain" else name
+        write(d / "raw" / f"{file}.txt", raw(sets[name], rng, 3 if name == "retain" else 2))
         write(d / "privleak" / f"{name}.json", [r["text"] for r in sets[name]])
         write(d / "knowmem" / f"{name}_qa.json", [{k: r[k] for k in ("question", "answer")} for r in sets[name][2:]])
         write(d / "knowmem" / f"{name}_qa_icl.json", [{k: r[k] for k in ("question", "answer")} for r in sets[name][:2]])
@@ -86,8 +88,8 @@ def muse(tmp_path_factory):
 
 def flags(muse, **more):
     base = dict(benchmark="muse", subset="books", data=muse / "data", base_model="base", model="out/target",
-                retain_model="out/retain", max_length=64, max_new_tokens=24, finetune_lr=8e-3, finetune_epochs=45, finetune_batch_size=8,
-                finetune_schedule="cosine", device="cpu", out="out/run")
+                retain_model="out/retain", max_length=64, max_new_tokens=24, finetune_lr=8e-3, finetune_epochs=45,
+                finetune_batch_size=8, finetune_schedule="cosine", device="cpu", out="out/run")
     return [f"--{k}={v}" for k, v in (base | more).items()]
 
 
@@ -235,7 +237,7 @@ def test_raw_text_is_cut_into_windows_behind_a_bos_and_the_last_is_filled_from_t
     n = len(a)
     assert chunks(tokenizer, text, n + 1) == [[0, *a]]                # fits exactly: one chunk, nothing filled
     assert chunks(tokenizer, text, n) == [[0, *a[:-1]], [0, a[-1], 0, *a[:n - 3]]]  # the stray BOS is kept
-    assert chunks(tokenizer, text, 2 * n + 5) == [[0, *a, 0, *a]]     # shorter than a chunk: said twice, as the original does
+    assert chunks(tokenizer, text, 2 * n + 5) == [[0, *a, 0, *a]]  # shorter than a chunk: said twice, as the original does
     for length in (2, 5, 9):
         got = chunks(tokenizer, text, length)
         assert {len(c) for c in got} == {length} and len(got) == -(-n // (length - 1))
