@@ -184,7 +184,7 @@ def read_log(path):
 
 
 def read_runs(names, key):
-    """[(subset, forget loss, the rows of log.jsonl that hold the score `key`)] of those run directories that have such rows."""
+    """[(subset, forget loss, rows of log.jsonl with the score `key`)] of those run directories that have such rows."""
     runs = []
     for name in names:
         if not os.path.isfile(os.path.join(name, "run.json")):

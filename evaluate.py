@@ -30,8 +30,8 @@ from configs import Mistake
 class Config:
     # data
     benchmark: Literal["demo", "tofu", "markov"] = "demo"  # what is unlearned and scored
-    subset: str | None = None  # tofu: forget01, forget05, forget10; markov: short, unseen; None = the benchmark's first (forget10)
-    data: str | None = None  # hub id or local directory; None = the benchmark's own hub id; markov: the samples' seed (None = seed)
+    subset: str | None = None  # tofu: forget10, forget05, forget01; markov: short, unseen; None = the first
+    data: str | None = None  # hub id or local directory (None = the benchmark's own); markov: seed of its samples
     forget_data: str | None = None  # unlearn YOUR rows: a .jsonl, .json or .txt with question and answer, or text
     retain_data: str | None = None  # ... and the rows to keep
     template: Literal["chat", "llama2", "qa"] = "chat"  # chat = the tokenizer's own
@@ -293,7 +293,8 @@ def record_markov(scorer, tokenizer, bench, c, proc):
     logps = models.score(scorer, [e for _, _, e in todo], proc, c.micro_batch_tokens,
                          lambda logits, labels: logits.float().log_softmax(-1), title="scoring")
     return [{"set": name, "index": i, "n_tokens": len(logp), "nll": -float(logp[range(len(logp)), e.ids[1:]].mean()),
-             "kl": float(transition_kl(e.ids[:-1], logp, data.CHAINS[name]).mean())} for (name, i, e), logp in zip(todo, logps)]
+             "kl": float(transition_kl(e.ids[:-1], logp, data.CHAINS[name]).mean())}
+            for (name, i, e), logp in zip(todo, logps)]
 
 
 def markov_scores(records, retain_records=None, c=None):

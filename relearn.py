@@ -38,6 +38,7 @@ class Config(unlearn.Config):
         yield wrong or not self.choose, f"--choose={','.join(self.choose)}: any of {', '.join(CHOOSE)}."
         yield not 0 < self.fraction <= 1, f"--fraction={self.fraction}: must be above 0 and at most 1."
         yield not self.seeds, "--seeds=: name at least one."
+        yield self.benchmark == "markov", "--benchmark=markov: relearn.py has no attack on Markov chains."
 
 
 CHOOSE = {  # (examples, k, rng) -> k indices
