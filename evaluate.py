@@ -35,7 +35,7 @@ class Config:
     # data
     benchmark: Literal["demo", "tofu", "muse", "markov"] = "demo"  # what is unlearned and scored
     subset: str | None = None  # tofu: forget10, forget05, forget01; muse: news, books; markov: short, unseen; None = the first
-    data: str | None = None  # hub id or local directory; None = the benchmark's own hub id; markov: what its samples are drawn from, None = seed
+    data: str | None = None  # hub id or local directory (None = the benchmark's own); markov: seed of its samples
     split: str | None = None  # muse: the text to unlearn, None = raw/forget; News has scal/forget_1 to 4 and sust/ too
     forget_data: str | None = None  # unlearn YOUR rows: a .jsonl, .json or .txt with question and answer, or text
     retain_data: str | None = None  # ... and the rows to keep

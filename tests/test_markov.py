@@ -12,6 +12,7 @@ import configs
 import data
 import evaluate
 import model as models
+import relearn
 import unlearn
 from configs import Mistake
 
@@ -94,9 +95,11 @@ def test_the_tokenizer_knows_the_ten_states_and_nothing_else():
     data.check_tokenizer(tokenizer, "markov")
 
 
-def test_rows_of_your_own_are_refused():
+def test_what_needs_the_true_chains_is_refused():
     with pytest.raises(Mistake, match="need the true chains"):
         configs.load(unlearn.Config, ["--benchmark=markov", f"--forget_data={__file__}"])
+    with pytest.raises(Mistake, match="no attack on Markov chains"):
+        configs.load(relearn.Config, ["--benchmark=markov"])
 
 
 @pytest.fixture(scope="module")
