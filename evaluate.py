@@ -282,7 +282,7 @@ def audit_scores(records, retain_records):
         return scores
     for k in ("loss", "zlib", "min_k", "min_k_pp", "gradnorm"):
         scores[f"mia_{k}"] = auc([r[k] for r in forget], [r[k] for r in holdout])
-    kept = {(r["set"], r["index"]): r["nll"] for r in retain_records or []}
+    kept = {(r["set"], r["index"]): r["nll"] for r in retain_records or [] if r["set"].startswith("audit_")}
     if all((r["set"], r["index"]) in kept for r in forget + holdout):
         by_reference = [[kept[r["set"], r["index"]] - r["nll"] for r in rows] for rows in (forget, holdout)]
         scores["mia_reference"] = auc(*by_reference)

@@ -199,9 +199,13 @@ def test_a_retain_log_serves_as_the_retain_model_and_a_log_of_another_benchmark_
 
 def test_named_options_score_as_open_unlearning_does(muse, run, monkeypatch):
     monkeypatch.chdir(muse)
-    evaluate.main(["out/target", *scoring(muse, out="out/ou", stem=True, skip_last=True)])
+    evaluate.main(["out/target", *scoring(muse, out="out/ou", stem=True, skip_last=True, audits=True)])
+    scores = scores_of(muse / "out" / "ou")
+    assert scores["mia_loss"] > 0.9 and scores["exact_memorization"] > 0.5 and {"extraction_strength", "mia_gradnorm"} <= scores.keys()
     plain = {(r["set"], r["index"]): r for r in records_of(muse / "out" / "table" / "target")}
     for r in records_of(muse / "out" / "ou"):
+        if r["set"].startswith("audit_"):
+            continue
         other = plain[r["set"], r["index"]]
         if "min_k" in r:
             assert r["n_tokens"] == other["n_tokens"] - 1
