@@ -29,12 +29,21 @@ def assert_same_run(a, b):
     assert not any((b / name).exists() for name in models.CHECKPOINTS)
 
 
+LONG = dict(forget_loss="npo", steps=40, save_every=1, eval_every=5)
+
+
+@pytest.fixture(scope="module")
+def whole(mini, tmp_path_factory):
+    """A run that nothing happened to."""
+    out = tmp_path_factory.mktemp("faults") / "whole"
+    unlearn.main(flags(mini, out=out, **LONG))
+    return out
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
-def test_a_killed_run_goes_on_to_the_very_same_end(mini, tmp_path, number, status):
-    more = dict(forget_loss="npo", steps=40, save_every=1, eval_every=5)
-    unlearn.main(flags(mini, out=tmp_path / "whole", **more))
+def test_a_killed_run_goes_on_to_the_very_same_end(mini, tmp_path, whole, number, status):
     out = tmp_path / "killed"
-    run = subprocess.Popen([sys.executable, str(ROOT / "unlearn.py"), *flags(mini, out=out, **more)], stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen([sys.executable, str(ROOT / "unlearn.py"), *flags(mini, out=out, **LONG)], stderr=subprocess.PIPE, text=True)
     while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_text().count("\n") < 9:
         time.sleep(0.01)
         assert run.poll() is None, run.stderr.read()
@@ -45,9 +54,9 @@ def test_a_killed_run_goes_on_to_the_very_same_end(mini, tmp_path, number, statu
         assert "--resume=True goes on" in said and "Traceback" not in said
     assert (out / "checkpoint" / "state.pt").exists() and not (out / "model.safetensors").exists()
     with pytest.raises(Mistake, match="unfinished; --resume=True"):
-        unlearn.main(flags(mini, out=out, **more))
-    unlearn.main(flags(mini, out=out, resume=True, **more))
-    assert_same_run(tmp_path / "whole", out)
+        unlearn.main(flags(mini, out=out, **LONG))
+    unlearn.main(flags(mini, out=out, resume=True, **LONG))
+    assert_same_run(whole, out)
 
 
 def stopped_half_way(mini, out, monkeypatch, **more):

@@ -38,7 +38,8 @@ def same_run(a, b, out_a, out_b):
 
 @pytest.mark.parametrize("method", list(unlearn.FORGET))
 def test_a_step_does_not_depend_on_the_micro_batches(mini, tmp_path, method):
-    more = dict(forget_loss=method, retain_loss="kl" if method == "simnpo" else "nll", steps=10, lr=1e-5, beta=0.5)
+    more = dict(forget_loss=method, retain_loss="kl" if method == "simnpo" else "nll", lr=1e-5, beta=0.5,
+                steps=10 if method in ("simnpo", "npo", "dpo") else 2)
     a = run(mini, tmp_path / "a", micro_batch_tokens=1, **more)      # one unit at a time
     b = run(mini, tmp_path / "b", micro_batch_tokens=10**6, **more)  # the whole window at once, as padded as can be
     same_run(a, b, tmp_path / "a", tmp_path / "b")
