@@ -1,5 +1,6 @@
 # The demo: 40 fictitious authors, the last 4 forgotten. python unlearn.py
-# 2 CPU cores, no network.
+# 2 CPU cores, no network, one minute of CPU time. Scores of seeds 0 to 5, epoch by epoch: configs/results/demo/seeds.jsonl, from
+#   for s in 0 1 2 3 4 5; do python unlearn.py --seed=$s --model=out/t${s} --retain_model=out/r${s} --out=out/s$s; done
 benchmark = "demo"
 template = "qa"
 base_model = "tiny"               # a random Llama of 0.2 M parameters
