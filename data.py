@@ -120,7 +120,7 @@ def read_own(path, whole=False):
 QA = ("question", "answer")
 
 
-def load(benchmark, subset, source=None, forget_data=None, retain_data=None, train=True, score=True, split=None):
+def load(benchmark, subset, source=None, forget_data=None, retain_data=None, train=True, score=True, split=None, holdout=False):
     """The Benchmark. With forget_data / retain_data (files of rows) these are unlearned, kept and scored instead.
 
     MUSE's scores stay its own: forget_data, retain_data and split (config/split of the data set) are what is trained on.
@@ -137,6 +137,8 @@ def load(benchmark, subset, source=None, forget_data=None, retain_data=None, tra
     bench = LOADERS[benchmark](source, subset, train, score)
     if retain_data:
         bench.retain = read_own(retain_data)
+    if holdout and benchmark == "tofu":
+        bench.holdout = read_config(source, f"holdout{subset[6:]}", QA, missing=[])
     return bench
 
 
@@ -153,7 +155,6 @@ def load_tofu(source, subset, train=True, score=True):
             "retain": read_config(source, "retain_perturbed", columns + ("paraphrased_answer",)),
             "real_authors": read_config(source, "real_authors_perturbed", columns),
             "world_facts": read_config(source, "world_facts_perturbed", columns)}
-        bench.holdout = read_config(source, f"holdout{subset[6:]}", QA, missing=[])
     return bench
 
 
@@ -209,13 +210,16 @@ def load_full(bench, benchmark, source):
     if benchmark == "muse":
         bench.retain_full = read_raw(source, "raw/retain1") + read_raw(source, "raw/retain2")
         bench.full = read_raw(source, "raw/forget") + bench.retain_full
+    elif benchmark != "tofu":  # beside rows of your own
+        made = LOADERS[benchmark](source, None, True, True)
+        bench.full, bench.retain_full = made.full, made.retain_full
     else:
         bench.full = read_config(source, "full", QA)
 
 
 def read_refusals(path=None):
     """Answers that decline, one a line: ours, or a file of the user's."""
-    return [row["text"] for row in read_rows(path or REFUSALS)]
+    return [row["text"] for row in check_rows(read_rows(path or REFUSALS), path or REFUSALS, ("text",))]
 
 
 def read_alternates(path=None, refusals=None):
@@ -262,9 +266,10 @@ def read_log(path):
         if isinstance(log, dict) and "set" in log:
             log = [log]
         records = log if isinstance(log, list) else read_tofu_log(log) or read_open_unlearning_log(log)
-        assert records and all("set" in r and ("nll" in r or "rougeL_f1" in r) for r in records)
+        if not records or not all("set" in r and ("nll" in r or "rougeL_f1" in r) and r.get("perturbed_nll", [0]) for r in records):
+            raise ValueError("its rows are no scored examples")
         return records
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError) as e:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
         raise Mistake(f"{path}: not a log this can read ({type(e).__name__}: {e}); it takes examples.jsonl, TOFU's "
                       "eval_log_aggregated.json and open-unlearning's TOFU_EVAL.json.") from None
 
@@ -347,7 +352,10 @@ class Template:
 
     def render(self, turns, **more):
         """Llama-3's template prints today's date unless it is given one: scores would change overnight."""
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, date_string=self.date_string, **more)
+        try:
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, date_string=self.date_string, **more)
+        except Exception as e:  # jinja2's own, of many kinds
+            raise Mistake(f"the tokenizer's chat template failed ({e}); some take no system prompt: --system_prompt=") from None
 
     def parts(self, row, max_length):
         """The rows that a row is trained as: itself, or a raw text's chunks, cut as MUSE's authors cut them.

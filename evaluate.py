@@ -88,7 +88,7 @@ class Config:
         for name in ("max_length", "micro_batch_tokens", "eval_rows", "max_new_tokens"):
             value, least = getattr(self, name), 2 if name == "max_length" else 1
             yield value is not None and value < least, f"--{name}={value}: must be at least {least}."
-        yield self.eval_every < 0, f"--eval_every={self.eval_every}: must not be negative."
+        yield not 0 <= self.eval_every < float("inf"), f"--eval_every={self.eval_every}: must be 0 or more."
         for name in ("forget_data", "retain_data", "retain_log"):
             path = getattr(self, name)
             yield path and not os.path.isfile(path), f"--{name}={path}: no such file."
@@ -309,8 +309,9 @@ def tofu_scores(records, retain_records=None, c=None):
     nine = {k: v for k, v in scores.items() if not k.startswith("forget")}
     if len(nine) == 9:
         scores = {"model_utility": model_utility(nine)} | scores
-    if retain_records and retain_records is not records and "forget_truth_ratio" in scores:
-        scores = {"forget_quality": compare(sets["forget"], [r for r in retain_records if r["set"] == "forget"])} | scores
+    retained = [r for r in retain_records or [] if r["set"] == "forget"]
+    if retained and "forget_truth_ratio" in scores and [r["nll"] for r in retained] != [r["nll"] for r in sets["forget"]]:
+        scores = {"forget_quality": compare(sets["forget"], retained)} | scores  # but not of the retain model with itself
     return scores | audit_scores(records, retain_records)
 
 
@@ -379,6 +380,8 @@ def muse_scores(records, retain_records=None, c=None):
         return auc(*([r["min_k"] for r in sets[name]] for name in ("privleak_f", "privleak_h")))
 
     sets = by_set(records)
+    if missing := [name for name in data.MUSE_SETS if name not in sets]:
+        raise Mistake(f"the records have no {missing[0]}: MUSE is scored on {', '.join(data.MUSE_SETS)}.")
     scores = {name: 100 * float(np.mean([r["rougeL_f1"] for r in sets[name]])) for name in MUSE_HEADLINE[:3]}
     retrained = membership(retain_records) if retain_records else MUSE_AUC[c.subset]
     if retrained < 1:  # a retain model that knows every forget text by heart leaves nothing to compare with
@@ -476,7 +479,8 @@ def reference(c, proc, name, bench, tokenizer=None):
     """
     settings = [getattr(c, k) for k in ("template", "system_prompt", "date_string", "max_length", "max_new_tokens",
                                         "eval_rows", "dtype", "tokenizer", "audits", "stem", "skip_last")]
-    key = hashlib.sha256(json.dumps([models.fingerprint(name), bench.evals, bench.holdout, settings]).encode()).hexdigest()[:16]
+    own = models.fingerprint(c.tokenizer) if c.tokenizer and os.path.isdir(c.tokenizer) else c.tokenizer
+    key = hashlib.sha256(json.dumps([models.fingerprint(name), own, bench.evals, bench.holdout, settings]).encode()).hexdigest()[:16]
     path = os.path.join(os.path.dirname(os.path.normpath(c.out)), ".scored", f"{key}.jsonl")
     if not all(proc.gather(os.path.isfile(path))):
         scorer, tokenizer = load(name, c, proc)
@@ -512,39 +516,10 @@ def retain_reference(c, proc, bench):
 def trajectory(path, curves, points, c):
     """Forgetting against utility over the epochs of runs {label: [scores]}, between target and retain model."""
     x, y = BENCHMARKS[c.benchmark].axes
-    if not all(x in r and y in r for rows in curves.values() for r in rows):  # your own rows, or no retain model
+    if not all(x in r and y in r for r in [r for rows in curves.values() for r in rows] or [next(iter(points.values()))]):  # your own rows, or no retain model
         x, y = "retain_prob", "forget_prob"
     points = {k: v | ({"forget_quality": 1.0} if k == "retain model" else {}) for k, v in points.items() if k not in curves}
-    picture(path, curves, points, x, y)
-
-
-def picture(path, curves, points, x, y):
-    """Curves {label: [scores]} and single points {label: scores} in the plane of two score keys."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(6, 4.5))
-    for label, rows in curves.items():
-        rows = [r for r in rows if x in r and y in r]
-        axes.plot([r[x] for r in rows], [r[y] for r in rows], ".-", label=label)
-        if rows and x != "epoch":
-            axes.annotate(f"epoch {rows[-1]['epoch']:g}", (rows[-1][x], rows[-1][y]), fontsize=8, xytext=(4, -10),
-                          textcoords="offset points")
-    for label, r in points.items():
-        if x in r and y in r:
-            axes.plot(r[x], r[y], "*" if "retain" in label else "s", markersize=12 if "retain" in label else 7, label=label)
-    if y == "forget_quality":
-        axes.set_yscale("log")
-        axes.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")  # above: cannot be told from the retain model
-    if x == "model_utility":
-        axes.set_xlim(0, 1)  # the whole range: a loss of two per cent should look like one
-    axes.set_xlabel(x.replace("_", " "))
-    axes.set_ylabel(y.replace("_", " "))
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path + ".tmp", dpi=150, format="png")
-    os.replace(path + ".tmp", path)
-    pyplot.close(figure)
+    configs.picture(path, curves, points, x, y)
 
 
 def ask(question, names, c, proc):
@@ -563,11 +538,13 @@ NOT_INHERITED = ("model", "out", "overwrite", "device", "eval_every", "eval_at")
 
 def inherit(cls, names, given):
     """Settings of the first run directory among `names`, overridden by what was given: a run is scored as it was trained."""
-    for name in names:
-        run = models.read_json(os.path.join(name, "run.json")) if os.path.isdir(name) else {}
-        if run:
-            return {k: v for k, v in run.items() if k in configs.fields(cls) and k not in NOT_INHERITED} | given
-    return given
+    runs = {n: run for n in names if os.path.isdir(n) and (run := models.read_json(os.path.join(n, "run.json")))}
+    for key in ("benchmark", "template", "system_prompt", "max_length"):
+        values = {n: run.get(key) for n, run in runs.items()}
+        if len(set(values.values())) > 1 and key not in given:
+            raise Mistake(f"{', '.join(f'{n}: {key} {v}' for n, v in values.items())}; give --{key}= to score all alike.")
+    first = next(iter(runs.values()), {})
+    return {k: v for k, v in first.items() if k in configs.fields(cls) and k not in NOT_INHERITED} | given
 
 
 def main(argv):
@@ -597,7 +574,9 @@ def main(argv):
     if question:
         return ask(question[0], names, c, proc)
     if len(logs) < len(names):
-        bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, train=False)
+        bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, train=False, holdout=c.audits)
+        if c.audits and not bench.holdout and "privleak_h" not in bench.evals:
+            proc.say("No holdout set: the mia_ scores are left out.")
         retain = retain_reference(c, proc, bench)
     else:
         retain = data.read_log(c.retain_log) if c.retain_log else None
@@ -616,6 +595,10 @@ def main(argv):
             save_scores(places[name], scores, records)
         rows[labels[name]], every[labels[name]] = scores, records
     proc.say(configs.samples(every) + "\n\n" + configs.table(rows, ARROWS))
+    if len(names) > 1 and proc.rank == 0:
+        path = os.path.join(given.get("out", "out"), "comparison.png")
+        trajectory(path, {}, rows, c)
+        proc.say(f"\n{path}")
     if spread := configs.over_seeds(rows):
         proc.say("\nmean and standard deviation over seeds\n\n" + configs.table(spread, ARROWS))
     models.cleanup()
@@ -631,7 +614,12 @@ def place(name, labels, given, several):
     """The directory that a model's scores go to: its own run directory, else out/<label>; below --out where that is given."""
     if given.get("out"):
         return os.path.join(given["out"], labels[name]) if several > 1 else given["out"]
-    return os.path.normpath(name) if os.path.isfile(os.path.join(name, "run.json")) else os.path.join("out", labels[name])
+    if os.path.isfile(os.path.join(name, "run.json")):
+        return os.path.normpath(name)
+    out = os.path.join("out", labels[name])
+    if os.path.isfile(os.path.join(out, "run.json")):
+        raise Mistake(f"{name}: its scores would go to {out}, which holds a run; give --out=DIR.")
+    return out
 
 
 def same(name, other):

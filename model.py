@@ -72,6 +72,8 @@ def setup(device="auto", dtype="fp32", threads=None):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise Mistake("--device=cuda: no CUDA device is visible here; use --device=cpu or --device=auto.")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise Mistake("--device=mps: not available here; use --device=cpu or --device=auto.")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
@@ -203,6 +205,8 @@ def add_lora(lm, rank, seed):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear) and child is not head and not isinstance(parent, LoRA):
                     setattr(parent, name, LoRA(child, rank))
+    if not any(isinstance(m, LoRA) for m in lm.modules()):
+        raise Mistake(f"--lora_rank={rank}: the model has no linear layers (torch.nn.Linear) to adapt.")
 
 
 def merged(lm):
@@ -262,9 +266,13 @@ def fingerprint(name):
     """What tells one model from another: a hash of a directory's weights, or the hub's commit."""
     if not os.path.isdir(name):
         repo, revision = split_revision(name)
-        path = transformers.utils.hub.cached_file(repo, "config.json", revision=revision)
+        try:
+            path = transformers.utils.hub.cached_file(repo, "config.json", revision=revision)
+        except OSError as e:
+            raise Mistake(f"{name}: is not on this machine and the hub did not give it ({str(e).splitlines()[0]}).") from None
         return os.path.basename(os.path.dirname(path))
-    files = sorted(f for f in os.listdir(name) if f.endswith(".safetensors") or f == "config.json")
+    files = sorted(f for f in os.listdir(name) if f.endswith(".safetensors") or f.startswith(("tokenizer", "chat_template")) or
+                   f in ("config.json", "generation_config.json"))
     return " ".join(file_digest(os.path.join(name, f)) for f in files)
 
 
@@ -272,8 +280,11 @@ def read_json(path):
     """A JSON file, or {} where there is none."""
     if not os.path.isfile(path):
         return {}
-    with open(path, encoding="utf8") as f:
-        return json.load(f)
+    try:
+        with open(path, encoding="utf8") as f:
+            return json.load(f)
+    except ValueError as e:
+        raise Mistake(f"{path}: damaged, not valid JSON ({e}); remove it, or mend it.") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -413,8 +424,11 @@ def start(c, proc):
             os.makedirs(c.out, exist_ok=True)
             if not c.resume:
                 for name in os.listdir(c.out):
+                    path = os.path.join(c.out, name)
                     if name in RESULTS or name.startswith("model") and ".safetensors" in name:
-                        os.remove(os.path.join(c.out, name))
+                        os.remove(path)
+                    elif re.fullmatch(r"epoch_[\d.]+", name):
+                        shutil.rmtree(path)
                 drop_checkpoints(c)
             write(os.path.join(c.out, "run.json"), json.dumps(describe(c, proc), indent=1) + "\n")
         except OSError as e:
@@ -485,9 +499,9 @@ class Scorer(nn.Module):
 
     def watch(self, layer, logits):
         """Return that decoder layer's output at the answer tokens too (RMU); logits=False: nobody reads logits."""
-        layers = self.lm.get_decoder().layers
+        layers = getattr(self.lm.get_decoder(), "layers", [])
         if layer >= len(layers):
-            raise Mistake(f"--steering_layer={layer}: the model has layers 0 to {len(layers) - 1}.")
+            raise Mistake(f"--steering_layer={layer}: the model has {len(layers)} layers to steer, counted from 0.")
         if self.layer is None:
             self.layer, self.logits = layer, logits
             layers[layer].register_forward_hook(self.keep)

@@ -62,17 +62,31 @@ class Attacked:
     label: str
     bench: data.Benchmark
     retain: list  # the retain model's records, or None
+    before: list  # this model's own, before the attack
+    target: list  # those of the model it was unlearned from, or None
     seed: int
 
     def score(self, scorer, tokenizer, seen=()):
-        scores, records = evaluate.evaluate(scorer, tokenizer, self.bench, self.c, self.proc, self.retain)
-
+        """The scores, those of the questions not in `seen`, and what share of what was forgotten is back."""
         def unseen(records):
-            return [r for r in records if r["set"] == "forget" and (r.get("question") or r.get("answer")) not in seen]
+            return [r for r in records or [] if r["set"] == "forget" and (r.get("question") or r.get("answer")) not in seen]
+
+        scores, records = evaluate.evaluate(scorer, tokenizer, self.bench, self.c, self.proc, self.retain)
         if seen and unseen(records):
-            others = evaluate.summarize(unseen(records), unseen(self.retain) if self.retain else None, self.c)
+            others = evaluate.summarize(unseen(records), unseen(self.retain) or None, self.c)
             scores |= {f"unseen_{k}": v for k, v in others.items()}
+        sides = [unseen(r) for r in (records, self.before, self.target)]
+        if all(sides) and self.before is not self.retain:  # of the same questions, all three
+            scores["recovered"] = recovered(*(float(np.mean([np.exp(-r["nll"]) for r in side])) for side in sides))
         return scores
+
+
+def recovered(attacked, unlearned, target):
+    """(attacked - unlearned) / (target - unlearned) of the forget answers' mean probability: 0 = stays forgotten, 1 = all is back.
+
+    None where so little had been forgotten (a difference below 0.05) that the share means nothing.
+    """
+    return (attacked - unlearned) / (target - unlearned) if abs(target - unlearned) >= 0.05 else None
 
 
 def answer_length(example):
@@ -146,8 +160,6 @@ def quantize(a, grid):
 def paraphrase(a, _):
     """Ask otherwise than in training. No forget quality: the retain reference was asked the plain questions."""
     rows = a.bench.evals["forget"]
-    if not all("paraphrased_question" in row for row in rows):
-        raise Mistake("--attacks=paraphrase: the forget set has no column paraphrased_question.")
     bench = dataclasses.replace(a.bench, evals={"forget": [row | {"question": row["paraphrased_question"]} for row in rows]})
     a = dataclasses.replace(a, bench=bench, retain=None)
     return [{"step": 0, "epoch": 0.0} | a.score(*evaluate.load(a.name, a.c, a.proc))]
@@ -161,39 +173,27 @@ ATTACKS |= {name: (quantize, name) for name in GRIDS} | {"paraphrase": (paraphra
 # the report
 
 
-def recovered(attacked, unlearned, target):
-    """(attacked - unlearned) / (target - unlearned): 0 = stays forgotten, 1 = all is back. None where the model had forgotten
-    so little (a difference below 0.05) that the share means nothing."""
-    return (attacked - unlearned) / (target - unlearned) if abs(target - unlearned) >= 0.05 else None
-
-
 def report(place, label, curves, target, proc):
     """The table (before unlearning, after, after each attack, retain model; mean and spread over seeds) and the picture."""
     keys = [k for k in SHOWN if any(k in row for row in curves)]
     groups = {}
     for row in curves:
         groups.setdefault((row["model"], row["attack"]), {}).setdefault(row["seed"], []).append(row)
-    lines = {"before unlearning": {k: target[k] for k in keys if target and k in target}}
+    lines = {"before unlearning": {k: target[k] for k in keys if k in target}}
     for (model, name), seeds in groups.items():
-        for which, i in (("at the start", 0), ("after", -1)):
+        for when, i in (("at the start of", 0), ("after", -1))[0 if name.startswith("relearn") else 1:]:
             ends = [rows[i] for rows in seeds.values()]
-            if i == 0 and not name.startswith("relearn"):
-                continue
-            lines[f"{model}, {which} {name}"] = line = {k: spread([r[k] for r in ends]) for k in keys if all(k in r for r in ends)}
-            start = groups.get((label, next((n for m, n in groups if m == label and n.startswith("relearn")), None)))
-            if target and model == label and i == -1 and (start or name.startswith("relearn")):
-                first = next(iter(start.values()))[0]
-                shares = [recovered(r.get("unseen_forget_prob", r["forget_prob"]),
-                                    first.get("unseen_forget_prob", first["forget_prob"]), target["forget_prob"]) for r in ends]
-                line["recovered"] = None if None in shares else spread(shares)
-    proc.say("\n" + configs.table(lines, evaluate.ARROWS))
+            lines[f"{model}, {when} {name}"] = {k: spread([r[k] for r in ends]) for k in keys
+                                                if all(r.get(k) is not None for r in ends)}
+    proc.say("\n" + configs.table(lines, evaluate.ARROWS | {"recovered": "↓", "unseen_forget_prob": "↓", "unseen_forget_rouge": "↓"}))
     drawn = {f"{m}, {n}, seed {s}": rows for (m, n), seeds in groups.items() for s, rows in seeds.items() if len(rows) > 1}
     if drawn:
-        evaluate.picture(os.path.join(place, "relearn.png"), drawn, {}, "epoch", keys[0])
+        configs.picture(os.path.join(place, "relearn.png"), drawn, {}, "epoch", keys[0])
+    proc.say(f"\n{place}: relearn.json{', relearn.png' if drawn else ''}")
 
 
 SHOWN = ("unseen_forget_prob", "unseen_forget_rouge", "forget_prob", "forget_rouge", "forget_quality", "model_utility",
-         "verbmem_f", "knowmem_f", "knowmem_r", "privleak")
+         "verbmem_f", "knowmem_f", "knowmem_r", "privleak", "recovered")
 
 
 def spread(values):
@@ -209,6 +209,9 @@ def main(argv):
     run = models.read_json(os.path.join(names[0], "run.json"))
     own = {k: run[k] for k in ("lr", "weight_decay", "adam_beta2", "grad_clip", "model") if k in run}
     fixed = {"forget_loss": "nll", "retain_loss": "none", "forget_weight": 1.0, "audits": False, "resume": False}
+    for setting in ("model", "retain_model"):
+        if given.get(setting):
+            models.check_name(given[setting], setting)
     c = configs.make(Config, own | evaluate.inherit(evaluate.Config, names, given) | given | fixed)
     proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark == "demo" else None)
     labels = evaluate.name_runs(names)
@@ -217,22 +220,26 @@ def main(argv):
         bench.evals = {"forget": bench.evals["forget"]}
     if not c.retain_model and c.control:
         proc.say("No retain_model: there is no control, so what is relearned cannot be told from what is newly learned.")
+    if "paraphrase" in c.attacks and not all("paraphrased_question" in r for r in bench.evals.get("forget", [{}])):
+        raise Mistake("--attacks=paraphrase: the forget set has no column paraphrased_question.")
     for name in names:
         c = dataclasses.replace(c, out=evaluate.place(name, labels, given, len(names)))
         retain = evaluate.retain_reference(c, proc, bench)
-        target = evaluate.summarize(evaluate.reference(c, proc, c.model, bench), retain, c) if c.model else {}
+        target = evaluate.reference(c, proc, c.model, bench) if c.model else None
+        attacked = [(name, labels[name], evaluate.reference(c, proc, name, bench))]
+        attacked += [(c.retain_model, "retain model", retain)] if c.control and c.retain_model else []
         curves = []
         for attack in c.attacks:
             act, how = ATTACKS[attack]
             for seed in c.seeds if act is relearn else c.seeds[:1]:
-                for model, label in ((name, labels[name]), (c.retain_model, "retain model"))[:2 if c.control and c.retain_model else 1]:
-                    rows = act(Attacked(c, proc, model, label, bench, retain, seed), how)
+                for model, label, before in attacked:
+                    rows = act(Attacked(c, proc, model, label, bench, retain, before, target, seed), how)
                     curves += [{"attack": attack, "model": label, "seed": seed} | row for row in rows]
+            if proc.rank == 0:  # what is done is kept, whatever becomes of the next attack
+                os.makedirs(c.out, exist_ok=True)
+                models.write(os.path.join(c.out, "relearn.json"), json.dumps(curves, indent=1) + "\n")
         if proc.rank == 0:
-            os.makedirs(c.out, exist_ok=True)
-            models.write(os.path.join(c.out, "relearn.json"), json.dumps(curves, indent=1) + "\n")
-            report(c.out, labels[name], curves, target, proc)
-            proc.say(f"\n{c.out}: relearn.json, relearn.png")
+            report(c.out, labels[name], curves, evaluate.summarize(target, retain, c) if target else {}, proc)
     models.cleanup()
 
 

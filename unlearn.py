@@ -9,9 +9,11 @@ Settings: a config file of plain assignments, then --key=value; later words win.
 """
 import copy
 import dataclasses
+import importlib.util
 import math
 import os
 import random
+import re
 import time
 from types import SimpleNamespace
 from typing import Callable, Literal
@@ -98,9 +100,15 @@ class Config(evaluate.Config):
         for name in ("refusals", "alternates"):
             path = getattr(self, name)
             yield path and not os.path.isfile(path), f"--{name}={path}: no such file."
+        try:
+            re.compile(self.train_only or "")
+        except re.error as e:
+            yield True, f"--train_only={self.train_only}: not a regular expression ({e})."
+        yield self.wandb and not importlib.util.find_spec("wandb"), f"--wandb={self.wandb}: pip install wandb first."
+        yield self.overwrite and self.resume, "--overwrite=True begins again and --resume=True goes on: give one of them."
         yield self.forget_loss == "altpo" and not self.alternates, "--forget_loss=altpo: give --alternates=FILE."
-        yield self.forget_loss == "task_vector" and (self.retain_loss != "none" or self.resume), (
-            "--forget_loss=task_vector: reads no retain set and cannot be resumed; write --retain_loss=none.")
+        yield self.forget_loss == "task_vector" and (self.retain_loss != "none" or self.resume or self.lora_rank), (
+            "--forget_loss=task_vector: reads no retain set and has no --resume and no --lora_rank; write --retain_loss=none.")
         yield self.forget_data and not self.retain_data and self.retain_loss != "none" and self.benchmark != "muse", (
             f"--forget_data={self.forget_data}: give --retain_data too, or --retain_loss=none.")
 
@@ -420,19 +428,30 @@ def encode_sets(c, tokenizer, proc, **sets):
 TINY = "tiny"  # the base model of demo and markov: small, random, with a tokenizer made for its text
 
 
-def make(c, proc, path, rows, title):
-    """Fine-tune base_model on rows, as a run of its own at `path`: how targets and retain models come to be."""
-    f = dataclasses.replace(c, out=path, forget_loss="nll", retain_loss="none", forget_weight=1.0, lr=c.finetune_lr,
-                            epochs=c.finetune_epochs, steps=None, batch_size=c.finetune_batch_size, warmup=c.finetune_warmup,
-                            schedule=c.finetune_schedule, shuffle=True, eval_every=0.0, eval_at=(), keep_epochs=False)
-    if models.claim(dataclasses.replace(f, resume=True), proc):
+OF_A_METHOD = ("forget_weight", "retain_weight", "beta", "gamma", "alpha", "beta1", "beta2", "steering_layer", "steering_scale",
+               "task_vector_scale", "refusals", "alternates", "train_only", "lora_rank", "steps", "eval_at", "keep_epochs",
+               "audits", "eval_rows", "max_new_tokens", "retain_log", "wandb", "model", "retain_model", "split", "shuffle")
+
+
+def recipe(c, path):
+    """The run that makes a model of base_model: fine-tuning, with nothing of the method that comes after."""
+    plain = {f.name: f.default for f in dataclasses.fields(Config) if f.name in OF_A_METHOD}
+    return dataclasses.replace(c, **plain, out=path, forget_loss="nll", retain_loss="none", lr=c.finetune_lr,
+                               epochs=c.finetune_epochs, batch_size=c.finetune_batch_size, warmup=c.finetune_warmup,
+                               schedule=c.finetune_schedule, eval_every=0.0, forget_data=None, retain_data=None)
+
+
+def make(f, proc, rows, title):
+    """Fine-tune base_model on rows, as a run of its own: how targets and retain models come to be."""
+    if models.claim(dataclasses.replace(f, resume=not f.overwrite), proc):
         return
-    if c.base_model == TINY:
-        markov = c.benchmark == "markov"
+    if f.base_model == TINY:
+        markov = f.benchmark == "markov"
         tokenizer = data.markov_tokenizer() if markov else data.demo_tokenizer()
-        scorer = models.Scorer((models.tiny_gpt2 if markov else models.tiny_llama)(tokenizer, proc, c.seed))
+        data.check_tokenizer(tokenizer, TINY, f.template)
+        scorer = models.Scorer((models.tiny_gpt2 if markov else models.tiny_llama)(tokenizer, proc, f.seed))
     else:
-        scorer, tokenizer = evaluate.load(c.base_model, c, proc)
+        scorer, tokenizer = evaluate.load(f.base_model, f, proc)
     models.start(f, proc)
     examples, _ = encode_sets(f, tokenizer, proc, forget=rows, retain=[])
     train(f, proc, scorer, examples, title=title)
@@ -440,14 +459,25 @@ def make(c, proc, path, rows, title):
 
 
 def prepare(c, proc, bench):
-    """Make what does not exist yet: the target and the retain model, from the base model."""
+    """Make the target and the retain model from the base model where they do not exist; reuse what was made alike."""
     for setting, rows in (("model", "full"), ("retain_model", "retain_full")):
         path = getattr(c, setting)
-        if path and to_be_made(c, path):
+        if not path or not c.base_model:
+            continue
+        f = recipe(c, path)
+        if to_be_made(c, path):
             proc.say(f"making {path}: {c.base_model} fine-tuned on {rows.replace('_full', '')} data")
             if not getattr(bench, rows):
                 data.load_full(bench, c.benchmark, c.data or data.hub(c.benchmark, c.subset))
-            make(c, proc, path, getattr(bench, rows), os.path.basename(path))
+            make(f, proc, getattr(bench, rows), os.path.basename(path))
+            continue
+        there = models.read_json(os.path.join(path, "run.json"))
+        matters = ["benchmark", "base_model", "template", "lr", "epochs", "batch_size", "schedule", "warmup", "data"]
+        matters += ["subset"] if (setting, c.benchmark) != ("model", "tofu") else []  # TOFU's target has seen all subsets
+        differ = [f"{k} {there.get(k)} there, {getattr(f, k)} here" for k in matters if there and there.get(k) != getattr(f, k)]
+        if differ:
+            raise Mistake(f"--{setting}={path}: was made otherwise ({'; '.join(differ)}); name another path to make one anew, or "
+                          "--base_model=None to take it as it is.")
 
 
 def to_be_made(c, path):
@@ -456,6 +486,10 @@ def to_be_made(c, path):
 
 
 def check_models(c):
+    if c.retain_model and c.model and evaluate.same(c.model, c.retain_model):
+        raise Mistake(f"--retain_model={c.retain_model}: is the model itself; name one that never saw the forget set.")
+    if c.retain_log:
+        data.read_log(c.retain_log)
     if not c.model:
         raise Mistake("--model= is missing: the model to unlearn from, a hub id or a directory.")
     if os.path.normpath(c.out) in {os.path.normpath(p) for p in (c.model, c.retain_model, c.base_model) if p}:
@@ -488,14 +522,15 @@ def main(argv):
     proc.say(f"{c.out}: {c.forget_loss} (weight {c.forget_weight:g}) and {c.retain_loss} on retain (weight {c.retain_weight:g}), "
              f"{len(examples['forget'])} forget and {len(examples['retain'])} retain examples, {steps} steps of {c.batch_size} "
              f"and {c.batch_size}, {math.floor(c.warmup * steps + 1e-9)} of them warm-up, {proc.world} x {proc.device}")
-    models.start(c, proc)
     if c.eval_every == 0 and not c.eval_at:
+        models.start(c, proc)
         train(c, proc, scorer, examples)
         return models.finish(c, proc, scorer, tokenizer)
     scoring = dataclasses.replace(c, audits=False)  # what needs gradients and a holdout set is evaluate.py's
     retain = evaluate.retain_reference(scoring, proc, bench)
     if not retain and evaluate.BENCHMARKS[c.benchmark].needs_retain and not c.forget_data:
         proc.say("No retain_model and no retain_log: forget quality is left out (evaluate.py can add it later).")
+    models.start(c, proc)
     last = {}
 
     def on_score(step, epoch):

@@ -1,5 +1,5 @@
 """Settings, and what the scripts say: a frozen dataclass, a config file of plain assignments, `--key=value` on top; one
-sentence a mistake; tables. Standard library only.
+sentence a mistake; tables and pictures. Standard library only, and matplotlib where a picture is drawn.
 
     cfg, explicit, names = load(Config, sys.argv[1:])
 
@@ -83,7 +83,7 @@ def check(cls, name, value, where):
     kinds = fields(cls)
     if name not in kinds:
         near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = f"; did you mean '{near[0]}'?" if near else "."
         raise Mistake(f"{where}: no setting called '{name}'{hint} --help lists all settings.")
     try:
         return fit(value, kinds[name])
@@ -206,6 +206,35 @@ def over_seeds(rows):
             for name, g in groups.items() if len(g) > 1}
 
 
+def picture(path, curves, points, x, y):
+    """Curves {label: [scores]} and single points {label: scores} in the plane of two score keys."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(6, 4.5))
+    for label, rows in curves.items():
+        rows = [r for r in rows if x in r and y in r]
+        axes.plot([r[x] for r in rows], [r[y] for r in rows], ".-", label=label)
+        if rows and x != "epoch":
+            axes.annotate(f"epoch {rows[-1]['epoch']:g}", (rows[-1][x], rows[-1][y]), fontsize=8, xytext=(4, -10),
+                          textcoords="offset points")
+    for label, r in points.items():
+        if x in r and y in r:
+            axes.plot(r[x], r[y], "*" if "retain" in label else "s", markersize=12 if "retain" in label else 7, label=label)
+    if y == "forget_quality":
+        axes.set_yscale("log")
+        axes.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")  # above: cannot be told from the retain model
+    if x == "model_utility":
+        axes.set_xlim(0, 1)  # the whole range: a loss of two per cent should look like one
+    axes.set_xlabel(x.replace("_", " "))
+    axes.set_ylabel(y.replace("_", " "))
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path + ".tmp", dpi=150, format="png")
+    os.replace(path + ".tmp", path)
+    pyplot.close(figure)
+
+
 def run(main):
     """Call main(argv); what goes wrong becomes one sentence (printed by rank 0 only) and an exit status.
 
@@ -221,8 +250,9 @@ def run(main):
             text = f"out of memory ({text.splitlines()[0]}) Lower --micro_batch_tokens: the result stays the same."
         elif not isinstance(e, (Mistake, Failure)):
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not isinstance(e, Mistake):  # all ranks see a mistake, but one alone may run out of memory
+            print(f"{os.path.basename(sys.argv[0])}{'' if rank == '0' else f' (rank {rank})'}: {text}", file=sys.stderr)
         sys.exit(2 if isinstance(e, Mistake) else getattr(e, "status", 1))
     except KeyboardInterrupt:
         print(f"{os.path.basename(sys.argv[0])}: interrupted.", file=sys.stderr)

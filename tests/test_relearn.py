@@ -41,7 +41,7 @@ def test_relearning_scores_unseen_and_all_questions_at_each_epoch_with_the_retai
     assert single["int4"]["forget_prob"] != start["forget_prob"] and "forget_quality" in single["int4"]
     assert "forget_quality" not in single["paraphrase"]
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("before unlearning", "run, at the start relearn_random", "run, after relearn_shortest",
+    assert all(word in shown for word in ("before unlearning", "run, at the start of relearn_random", "run, after relearn_shortest",
                                           "run, after int4", "retain model, after paraphrase", "±"))
 
 

@@ -185,7 +185,7 @@ def test_layers_above_the_steered_one_and_what_train_only_leaves_out_stay_as_the
     assert moved == {"model.layers.0.mlp.down_proj.weight"}
     with pytest.raises(Mistake, match="--train_only=none: no parameter's name matches"):
         run(mini, tmp_path / "b", train_only="none")
-    with pytest.raises(Mistake, match="--steering_layer=2: the model has layers 0 to 1"):
+    with pytest.raises(Mistake, match="--steering_layer=2: the model has 2 layers"):
         unlearn.main([*flags(mini, out=tmp_path / "c", forget_loss="rmu"), "--steering_layer=2"])
 
 
