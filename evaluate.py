@@ -335,7 +335,7 @@ def markov_picture(path, runs):
         lines.append(f"{subset:<7} {method:<7} {key} at retain_kl {distance}: {np.mean(there):.3f} ({min(there):.3f} to "
                      f"{max(there):.3f}, {len(there)} of {len(curves)} runs), the paper {published}")
     for subset, axes in panels.items():
-        axes.set(title=subset, xlabel="retain distance (KL)", ylabel="forget distance (KL)")
+        axes.set(title=f"{subset} (points: the paper)", xlabel="retain distance (KL)", ylabel="forget distance (KL)")
         axes.legend(fontsize=8)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     figure.savefig(path, dpi=150)

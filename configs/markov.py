@@ -1,5 +1,5 @@
 # SimNPO's analysis by mixtures of Markov chains (arXiv 2410.07163): what does forgetting cost the chain that is kept?
-# python unlearn.py configs/markov.py     one run, no download; minutes on a CPU core, nearly all of them for the target
+# python unlearn.py configs/markov.py     one run, no download; four minutes of one CPU core, nearly all for the two models
 # Five seeds, both methods, both subsets, and their picture and table beside the paper's, in out/markov.png:
 #   for seed in 0 1 2 3 4; do for subset in short unseen; do for method in "npo --beta=1" "simnpo --beta=4"; do
 #     python unlearn.py configs/markov.py --seed=$seed --subset=$subset --forget_loss=$method \
