@@ -62,7 +62,7 @@ class Attacked:
     label: str
     bench: data.Benchmark
     retain: list  # the retain model's records, or None
-    before: list  # this model's own, before the attack
+    before: list  # this model's own, before the attack; None for the control
     target: list  # those of the model it was unlearned from, or None
     seed: int
 
@@ -76,7 +76,7 @@ class Attacked:
             others = evaluate.summarize(unseen(records), unseen(self.retain) or None, self.c)
             scores |= {f"unseen_{k}": v for k, v in others.items()}
         sides = [unseen(r) for r in (records, self.before, self.target)]
-        if all(sides) and self.before is not self.retain:  # of the same questions, all three
+        if all(sides):  # of the same questions, all three
             scores["recovered"] = recovered(*(float(np.mean([np.exp(-r["nll"]) for r in side])) for side in sides))
         return scores
 
@@ -227,7 +227,7 @@ def main(argv):
         retain = evaluate.retain_reference(c, proc, bench)
         target = evaluate.reference(c, proc, c.model, bench) if c.model else None
         attacked = [(name, labels[name], evaluate.reference(c, proc, name, bench))]
-        attacked += [(c.retain_model, "retain model", retain)] if c.control and c.retain_model else []
+        attacked += [(c.retain_model, "retain model", None)] if c.control and c.retain_model else []
         curves = []
         for attack in c.attacks:
             act, how = ATTACKS[attack]

@@ -307,3 +307,33 @@ def test_ask_prints_the_answers_side_by_side(mini, capsys):
     evaluate.main([str(mini / "target"), str(mini / "retain"), "--ask=What does amber mean?", *eval_flags(mini)])
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 2 and lines[0].startswith(str(mini / "target"))
+
+
+def test_the_retain_models_own_log_gets_no_forget_quality(mini, tmp_path):
+    evaluate.main([str(mini / "retain"), *eval_flags(mini, out=tmp_path / "r", retain_model=mini / "target")])
+    log = tmp_path / "r" / "examples.jsonl"
+    copy = tmp_path / "copy.jsonl"
+    shutil.copy(log, copy)
+    evaluate.main([str(copy), f"--retain_log={log}", f"--out={tmp_path / 'x'}"])
+    assert "forget_quality" not in scores_of(tmp_path / "x")
+
+
+def test_runs_of_different_templates_are_not_scored_alike_unasked_and_no_run_loses_its_scores(mini, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, template in (("a", "qa"), ("b", "llama2")):
+        unlearn.main(flags(mini, out=f"out/{name}", template=template, steps=1))
+    with pytest.raises(Mistake, match="out/a: template qa, out/b: template llama2; give --template="):
+        evaluate.main(["out/a", "out/b"])
+    evaluate.main(["out/a", "out/b", "--template=qa", "--out=out/both"])
+    assert (tmp_path / "out" / "both" / "comparison.png").exists()
+    shutil.copytree(mini / "target", tmp_path / "elsewhere" / "a")
+    with pytest.raises(Mistake, match="its scores would go to out/a, which holds a run; give --out"):
+        evaluate.main(["elsewhere/a", *eval_flags(mini)])
+
+
+def test_another_tokenizer_is_another_reference(mini, tmp_path):
+    shutil.copytree(mini / "retain", tmp_path / "retain")
+    before = models.fingerprint(str(tmp_path / "retain"))
+    path = tmp_path / "retain" / "tokenizer.json"
+    path.write_text(path.read_text() + " ")
+    assert models.fingerprint(str(tmp_path / "retain")) != before

@@ -13,6 +13,7 @@ import configs
 import data
 import evaluate
 import model as models
+import relearn
 import unlearn
 from configs import Mistake
 
@@ -351,3 +352,14 @@ def test_a_refusal_needs_a_question(muse, tmp_path):
 def test_the_configs_are_read(name):
     c = configs.load(unlearn.Config, [str(configs.__file__).replace("__init__", name)])[0]
     assert c.benchmark == "muse" and c.batch_size == 4 and c.max_length == 2048 and c.epochs == 10 and c.lr == 1e-5
+
+
+def test_relearning_follows_the_step_protocol_of_muse(muse, run, monkeypatch, capsys):
+    monkeypatch.chdir(muse)
+    relearn.main(["out/run", "--fraction=1", "--steps=2", "--eval_at=1,2", "--lr=1e-3", "--attacks=relearn_random,int4", "--out=out/attacked",
+                  "--control=False", "--eval_rows=3"])
+    rows = json.loads((muse / "out" / "attacked" / "relearn.json").read_text())
+    assert [(r["attack"], r["step"]) for r in rows] == [("relearn_random", s) for s in (0, 1, 2)] + [("int4", 0)]
+    assert "run, after int4" in capsys.readouterr().out and all("verbmem_f" in r for r in rows)
+    with pytest.raises(Mistake, match="paraphrase: the forget set has no column"):
+        relearn.main(["out/run", "--attacks=paraphrase", "--out=out/x"])

@@ -31,6 +31,10 @@ def test_relearning_scores_unseen_and_all_questions_at_each_epoch_with_the_retai
     assert [r["epoch"] for r in one] == [0, 1, 2, 3] and [r["step"] for r in one] == [0, 2, 4, 6]
     assert {"forget_prob", "forget_quality", "unseen_forget_prob", "unseen_forget_quality"} <= one[0].keys()
     assert one[-1]["forget_prob"] > one[0]["forget_prob"]  # what is trained on is learned
+    for attack, seed in (("relearn_random", 2), ("relearn_shortest", 1)):  # each from its own start, on its own questions
+        first = next(r for r in rows if (r["attack"], r["model"], r["seed"]) == (attack, "run", seed))
+        assert first.get("recovered") in (None, pytest.approx(0, abs=1e-6))
+    assert not any("recovered" in r for r in rows if r["model"] == "retain model")
     start = json.loads((run / "scores.json").read_text())
     assert one[0]["forget_prob"] == pytest.approx(start["forget_prob"], rel=1e-6)  # the attack begins at the run
     assert (run / "relearn.png").stat().st_size > 5000
