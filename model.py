@@ -497,13 +497,13 @@ class Scorer(nn.Module):
         if self.rows is not None:
             return (args[0].flatten(0, 1)[self.rows if self.logits else self.rows[:0]],)  # (S, T, D) -> (n, D)
 
-    def watch(self, layer, logits):
-        """Return that decoder layer's output at the answer tokens too (RMU); logits=False: nobody reads logits."""
+    def watch(self, layer):
+        """Return that decoder layer's output at the answer tokens too (RMU)."""
         layers = getattr(self.lm.get_decoder(), "layers", [])
         if layer >= len(layers):
             raise Mistake(f"--steering_layer={layer}: the model has {len(layers)} layers to steer, counted from 0.")
         if self.layer is None:
-            self.layer, self.logits = layer, logits
+            self.layer = layer
             layers[layer].register_forward_hook(self.keep)
 
     def keep(self, layer, args, out):
@@ -511,8 +511,9 @@ class Scorer(nn.Module):
             out = out[0] if isinstance(out, tuple) else out
             self.hidden = out.flatten(0, 1)[self.rows + 1]  # at the answer tokens themselves, not where they are predicted
 
-    def forward(self, ids, rows):
-        self.rows, self.hidden = rows, None
+    def forward(self, ids, rows, logits=True):
+        """logits=False: nobody reads them, the head is given no rows."""
+        self.rows, self.hidden, self.logits = rows, None, logits
         try:
             return self.lm(input_ids=ids, use_cache=False).logits, self.hidden  # (n, V), (n, D) or None
         finally:

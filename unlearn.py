@@ -240,11 +240,11 @@ class Reference:
             self.frozen = copy.deepcopy(scorer).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def scores(self, batch, sequences):
+    def scores(self, batch, sequences, logits):
         """{kind: what losses read of the reference} for one micro-batch."""
         if self.frozen is not None:
             ids, rows, labels, counts = batch
-            return split(*self.frozen(ids, rows), labels, counts, sequences)
+            return split(*self.frozen(ids, rows, logits), labels, counts, sequences)
         found = {}
         for kind, kept in self.kept.items():
             answers = [kept[i] for k, i in sequences if k == kind]
@@ -258,8 +258,9 @@ def step_loss(forward, reference, piece, examples, c, n_forget, n_retain, device
     order = ("forget", "alternate", "retain")
     sequences = sorted((s for unit in piece for s in unit), key=lambda s: order.index(s[0]))
     batch = ids, rows, labels, counts = models.collate([examples[kind][i] for kind, i in sequences], device)
-    scores = split(*forward(ids, rows), labels, counts, sequences)
-    ref = reference.scores(batch, sequences)
+    logits = not all(m.hidden for m in (FORGET[c.forget_loss], RETAIN[c.retain_loss]) if m)  # does anybody read them
+    scores = split(*forward(ids, rows, logits), labels, counts, sequences)
+    ref = reference.scores(batch, sequences, logits)
     parts = []
     for kind, method, n in (("forget", FORGET[c.forget_loss], n_forget), ("retain", RETAIN[c.retain_loss], n_retain)):
         here = method and kind in scores
@@ -314,7 +315,7 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
     method, retain_method = FORGET[c.forget_loss], RETAIN[c.retain_loss]
     reads_hidden = any(m and m.hidden for m in (method, retain_method))
     if reads_hidden:
-        scorer.watch(c.steering_layer, logits=not (method.hidden and (not retain_method or retain_method.hidden)))
+        scorer.watch(c.steering_layer)
     reference = Reference(scorer, examples, c, proc)
     if c.lora_rank:
         models.add_lora(scorer.lm, c.lora_rank, c.seed)

@@ -178,6 +178,11 @@ def test_rmu_steers_the_layers_output_at_the_answer_tokens_and_computes_no_logit
     assert rows[0]["retain_loss"] == pytest.approx(0, abs=1e-10)  # the reference is the starting model
 
 
+def test_a_run_that_reads_no_logits_is_scored_all_the_same(mini, tmp_path):
+    unlearn.main(flags(mini, out=tmp_path / "a", forget_loss="rmu", eval_every=1))
+    assert all(math.isfinite(v) for r in log_of(tmp_path / "a", scored=True) for v in r.values())
+
+
 def test_layers_above_the_steered_one_and_what_train_only_leaves_out_stay_as_they_were(mini, tmp_path):
     run(mini, tmp_path / "a", forget_loss="rmu", train_only=r"mlp\.down_proj", weight_decay=0.0)
     before, after = weights(mini / "target"), weights(tmp_path / "a")
