@@ -1,6 +1,8 @@
 # SmolLM2-135M-Instruct on TOFU, from the base model to scores: no gated model, one small GPU or a patient CPU.
 # python unlearn.py configs/tofu_smollm2.py
 # The target (on `full`) and the retain model (on retainNN) are made on the first run and kept in out/.
+# Measured on the last 10 authors only (200 rows, 20 scored a set, 6 epochs, weights from a 4-bit file): target forget ROUGE 0.98, retain model 0.44,
+# SimNPO as below 0.80 at unchanged utility. It forgets too little: the values of the method below are a start, not a recommendation.
 benchmark = "tofu"
 subset = "forget01"
 template = "qa"  # its chat template would add 30 tokens to every question
