@@ -179,7 +179,7 @@ def test_scores_equal_the_definition_on_plain_unpadded_forwards(mini, tmp_path):
     assert scores["world_facts_prob"] == pytest.approx(np.mean([a / (a + b) for a, b in zip(p, wrong)]), abs=2e-6)
     for record in (json.loads(line) for line in (tmp_path / "examples.jsonl").read_text().splitlines()):
         ids = tokenizer(f"Question: {record['question']}\nAnswer:", return_tensors="pt")
-        new = lms["target"].generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.input_ids.shape[1]:]
+        new = lms["target"].generate(ids.input_ids, attention_mask=ids.attention_mask, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.input_ids.shape[1]:]
         assert record["generated"] == tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
