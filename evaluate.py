@@ -472,7 +472,7 @@ def save_scores(out, scores, records):
     models.write(os.path.join(out, "scores.json"), json.dumps(scores, indent=1) + "\n")
 
 
-def reference(c, proc, name, bench, tokenizer=None):
+def reference(c, proc, name, bench):
     """Records of the target or the retain model: computed once, then read from <out's parent>/.scored.
 
     The key is made of everything they depend on: the weights, the rows that are scored, the scoring settings.

@@ -384,9 +384,12 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
             if step < steps and due(step, steps, c.save_every, (), per_epoch):
                 models.checkpoint(c, proc, scorer, optimizer, scheduler, step)
             if interrupt.signal and step < steps:
-                models.checkpoint(c, proc, scorer, optimizer, scheduler, step)
-                raise Failure(f"stopped after step {step} of {steps} and saved; the same command with --resume=True goes on.",
-                              status=128 + interrupt.signal)
+                ended = "and saved; the same command with --resume=True goes on"
+                if method.after or not os.path.isfile(os.path.join(c.out, "run.json")):  # a task vector, an attack: no resume
+                    ended = "without saving; the same command begins again"
+                else:
+                    models.checkpoint(c, proc, scorer, optimizer, scheduler, step)
+                raise Failure(f"stopped after step {step} of {steps} {ended}.", status=128 + interrupt.signal)
     bar.close()
     scorer.eval()
     return log.rows
