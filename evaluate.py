@@ -468,8 +468,8 @@ BENCHMARKS = {
 
 def save_scores(out, scores, records):
     os.makedirs(out, exist_ok=True)
-    models.write(os.path.join(out, "examples.jsonl"), "".join(json.dumps(r) + "\n" for r in records))
-    models.write(os.path.join(out, "scores.json"), json.dumps(scores, indent=1) + "\n")
+    configs.write(os.path.join(out, "examples.jsonl"), "".join(json.dumps(r) + "\n" for r in records))
+    configs.write(os.path.join(out, "scores.json"), json.dumps(scores, indent=1) + "\n")
 
 
 def reference(c, proc, name, bench):
@@ -487,7 +487,7 @@ def reference(c, proc, name, bench):
         _, records = evaluate(scorer, tokenizer, bench, c, proc)
         if proc.rank == 0:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            models.write(path, "".join(json.dumps(r) + "\n" for r in records))
+            configs.write(path, "".join(json.dumps(r) + "\n" for r in records))
         proc.barrier()
         return records
     return data.read_log(path)
@@ -538,7 +538,7 @@ NOT_INHERITED = ("model", "out", "overwrite", "device", "eval_every", "eval_at")
 
 def inherit(cls, names, given):
     """Settings of the first run directory among `names`, overridden by what was given: a run is scored as it was trained."""
-    runs = {n: run for n in names if os.path.isdir(n) and (run := models.read_json(os.path.join(n, "run.json")))}
+    runs = {n: run for n in names if os.path.isdir(n) and (run := configs.read_json(os.path.join(n, "run.json")))}
     for key in ("benchmark", "template", "system_prompt", "max_length"):
         values = {n: run.get(key) for n, run in runs.items()}
         if len(set(values.values())) > 1 and key not in given:
@@ -567,7 +567,7 @@ def main(argv):
     elif BENCHMARKS[c.benchmark].needs_retain and not c.retain_log and not question and not c.forget_data:
         raise Mistake("forget quality needs a model that never saw the forget set: give --retain_model=MODEL or "
                       "--retain_log=LOG (evaluate.py of a retain model writes one, examples.jsonl).")
-    labels = name_runs(names)
+    labels = configs.name_runs(names)
     places = {name: place(name, labels, given, len(names)) for name in names}
     c = dataclasses.replace(c, out=places[names[0]])
     proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark in ("demo", "markov") else None)
@@ -602,12 +602,6 @@ def main(argv):
     if spread := configs.over_seeds(rows):
         proc.say("\nmean and standard deviation over seeds\n\n" + configs.table(spread, ARROWS))
     models.cleanup()
-
-
-def name_runs(names):
-    """{name: a short label}; the whole path where two end alike."""
-    short = {n: os.path.basename(os.path.normpath(n)).removesuffix(".json").removesuffix(".jsonl") for n in names}
-    return {n: s if list(short.values()).count(s) == 1 else n.strip("/").replace("/", "_") for n, s in short.items()}
 
 
 def place(name, labels, given, several):

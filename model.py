@@ -9,15 +9,11 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import hashlib
 import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import threading
 
 import torch
 import torch.distributed as dist
@@ -25,6 +21,7 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 
+import configs
 import losses
 from configs import Failure, Mistake
 
@@ -47,6 +44,11 @@ class Process:
     def autocast(self):
         on = self.dtype == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16) if on else contextlib.nullcontext()
+
+    @property
+    def gpu(self):
+        """Its name, or None."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
 
     def gather(self, item):
         """[the item of rank 0, of rank 1, ...], on every rank."""
@@ -236,15 +238,6 @@ def negate(lm, start, scale):
         p.copy_(q - scale * (p - q))
 
 
-def write(path, text):
-    """Replace a file whole or not at all."""
-    with open(path + ".tmp", "w", encoding="utf8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
-
-
 def save_model(lm, tokenizer, out):
     """Write weights, config and tokenizer into `out`; files appear under their names only when they are complete."""
     part = os.path.join(out, ".saving")
@@ -273,48 +266,11 @@ def fingerprint(name):
         return os.path.basename(os.path.dirname(path))
     files = sorted(f for f in os.listdir(name) if f.endswith(".safetensors") or f.startswith(("tokenizer", "chat_template")) or
                    f in ("config.json", "generation_config.json"))
-    return " ".join(file_digest(os.path.join(name, f)) for f in files)
-
-
-def read_json(path):
-    """A JSON file, or {} where there is none."""
-    if not os.path.isfile(path):
-        return {}
-    try:
-        with open(path, encoding="utf8") as f:
-            return json.load(f)
-    except ValueError as e:
-        raise Mistake(f"{path}: damaged, not valid JSON ({e}); remove it, or mend it.") from None
+    return " ".join(configs.file_digest(os.path.join(name, f)) for f in files)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# run directories: out/NAME holds a model, its settings, log and scores
-
-
-class Log:
-    """<out>/log.jsonl, flushed every line; kept up to the checkpoint when a run goes on."""
-
-    def __init__(self, c, proc, step):
-        path = os.path.join(c.out, "log.jsonl")
-        self.rows = []
-        if step:
-            with open(path, encoding="utf8") as f:
-                self.rows = [r for r in map(json.loads, f) if r["step"] <= step]
-        self.file = self.wandb = None
-        if proc.rank == 0:
-            write(path, "".join(json.dumps(r) + "\n" for r in self.rows))
-            self.file = open(path, "a", encoding="utf8")
-            if c.wandb:
-                import wandb
-                self.wandb = wandb.init(project=c.wandb, name=os.path.basename(c.out), config=dataclasses.asdict(c))
-
-    def write(self, row):
-        self.rows.append(row)
-        if self.file:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-        if self.wandb:
-            self.wandb.log(row, step=row["step"])
+# what a run writes of a model: checkpoints to go on from, the model at the end
 
 
 def memory_gb(device):
@@ -328,7 +284,7 @@ def memory_gb(device):
 def checkpoint(c, proc, scorer, optimizer, scheduler, step):
     """Everything needed to go on, in <out>/checkpoint. The old one leaves only when the new one is whole and on disk."""
     if proc.rank == 0:
-        here, new, old = (os.path.join(c.out, name) for name in CHECKPOINTS)
+        here, new, old = (os.path.join(c.out, name) for name in configs.CHECKPOINTS)
         try:
             shutil.rmtree(new, ignore_errors=True)
             os.makedirs(new)
@@ -338,7 +294,7 @@ def checkpoint(c, proc, scorer, optimizer, scheduler, step):
                             "scheduler": scheduler.state_dict()}, f)
                 f.flush()
                 os.fsync(f.fileno())
-            write(os.path.join(new, "sha256"), file_digest(path))
+            configs.write(os.path.join(new, "sha256"), configs.file_digest(path))
             shutil.rmtree(old, ignore_errors=True)
             if os.path.isdir(here):
                 os.rename(here, old)
@@ -351,18 +307,15 @@ def checkpoint(c, proc, scorer, optimizer, scheduler, step):
     proc.barrier()
 
 
-CHECKPOINTS = ("checkpoint", "checkpoint.new", "checkpoint.old")  # a kill between two renames leaves one of the others
-
-
 def restore(c, scorer, optimizer, scheduler):
     """The step a run was saved at, its state loaded; 0 where there is no checkpoint. A damaged one is refused by name."""
     damaged = None
-    for name in CHECKPOINTS:
+    for name in configs.CHECKPOINTS:
         path = os.path.join(c.out, name, "state.pt")
         if not os.path.isfile(path):
             continue
         digest = os.path.join(c.out, name, "sha256")
-        if not os.path.isfile(digest) or open(digest).read() != file_digest(path):
+        if not os.path.isfile(digest) or open(digest).read() != configs.file_digest(path):
             damaged = damaged or path
             continue
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -375,67 +328,6 @@ def restore(c, scorer, optimizer, scheduler):
     return 0
 
 
-def file_digest(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        for block in iter(lambda: f.read(1 << 24), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def describe(c, proc):
-    """What run.json holds: every setting, resolved, and what else the numbers depend on."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    versions = {m.__name__: m.__version__ for m in (torch, transformers)} | {"python": sys.version.split()[0]}
-    gpu = torch.cuda.get_device_name() if proc.device.type == "cuda" else None
-    return dataclasses.asdict(c) | {"git": git or None, "versions": versions, "device": proc.device.type, "gpu": gpu,
-                                    "processes": proc.world}
-
-
-RESULTS = ("config.json", "scores.json", "examples.jsonl", "table.txt", "trajectory.png", "relearn.json", "relearn.png")
-ANY_TIME = {"out", "overwrite", "resume", "wandb", "device", "micro_batch_tokens"}  # these do not change a result
-
-
-def claim(c, proc):
-    """Is `out` free for this run? True if the very same run is finished there; a Mistake if another one is."""
-    there = read_json(os.path.join(c.out, "run.json"))
-    proc.barrier()  # everyone has looked before anyone writes
-    if not there and os.path.isfile(os.path.join(c.out, "config.json")):
-        raise Mistake(f"--out={c.out}: holds a model that no run of this project made; give a directory of its own.")
-    if not there or c.overwrite:
-        return False
-    mine = json.loads(json.dumps(dataclasses.asdict(c)))
-    differ = [f"{k} {there.get(k)} there, {v} here" for k, v in mine.items() if k not in ANY_TIME and there.get(k) != v]
-    if differ:
-        raise Mistake(f"{c.out} holds a run of other settings ({'; '.join(differ)}); give another --out, or "
-                      "--overwrite=True to replace it.")
-    if there.get("finished"):
-        return True
-    if not c.resume:
-        raise Mistake(f"{c.out} holds this run, unfinished; --resume=True goes on, --overwrite=True begins again.")
-    return False
-
-
-def start(c, proc):
-    """Make the run directory and write run.json; what a run before left is removed first, so that no file is stale."""
-    if proc.rank == 0:
-        try:
-            os.makedirs(c.out, exist_ok=True)
-            if not c.resume:
-                for name in os.listdir(c.out):
-                    path = os.path.join(c.out, name)
-                    if name in RESULTS or name.startswith("model") and ".safetensors" in name:
-                        os.remove(path)
-                    elif re.fullmatch(r"epoch_[\d.]+", name):
-                        shutil.rmtree(path)
-                drop_checkpoints(c)
-            write(os.path.join(c.out, "run.json"), json.dumps(describe(c, proc), indent=1) + "\n")
-        except OSError as e:
-            raise Mistake(f"--out={c.out}: cannot be written ({e.strerror}).") from None
-    proc.barrier()
-
-
 def finish(c, proc, scorer, tokenizer, report=None):
     """The model first, then what report() writes, then the mark that says so; only now is the checkpoint not needed."""
     if proc.rank == 0:
@@ -443,35 +335,9 @@ def finish(c, proc, scorer, tokenizer, report=None):
     if report:
         report()
     if proc.rank == 0:
-        write(os.path.join(c.out, "run.json"), json.dumps(describe(c, proc) | {"finished": True}, indent=1) + "\n")
-        drop_checkpoints(c)
+        configs.write(os.path.join(c.out, "run.json"), json.dumps(configs.describe(c, proc) | {"finished": True}, indent=1) + "\n")
+        configs.drop_checkpoints(c)
     proc.barrier()
-
-
-def drop_checkpoints(c):
-    for name in CHECKPOINTS:
-        shutil.rmtree(os.path.join(c.out, name), ignore_errors=True)
-
-
-class Interrupt:
-    """While training alone: a first Ctrl-C or SIGTERM waits for the end of the step, a second one does not."""
-
-    def __init__(self, proc):
-        self.signal = None
-        self.watched = (signal.SIGINT, signal.SIGTERM) if (
-            proc.world == 1 and threading.current_thread() is threading.main_thread()) else ()
-
-    def __enter__(self):
-        self.before = [signal.signal(s, self.note) for s in self.watched]
-        return self
-
-    def note(self, number, frame):
-        self.signal = number
-        self.__exit__()
-
-    def __exit__(self, *_):
-        for s, handler in zip(self.watched, self.before):
-            signal.signal(s, handler)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -543,6 +409,23 @@ class Scores:
         return torch.tensor(self.counts, device=self.logits.device, dtype=torch.float32)
 
 
+def split(logits, hidden, labels, counts, sequences):
+    """{kind: Scores} of a micro-batch whose sequences are ordered by kind."""
+    scores, start = {}, 0
+    for kind in dict.fromkeys(kind for kind, _ in sequences):
+        own = [n for n, (k, _) in zip(counts, sequences) if k == kind]
+        rows = slice(start, start := start + sum(own))
+        scores[kind] = Scores(logits[rows], labels[rows], own, None if hidden is None else hidden[rows])
+    return paired(scores)
+
+
+def paired(scores):
+    """A loss on forget answers finds the other answers to the same questions under .alternate."""
+    if "alternate" in scores:
+        scores.setdefault("forget", scores["alternate"]).alternate = scores["alternate"]
+    return scores
+
+
 def collate(examples, device):
     """(ids (S, T) padded right with 0, rows (n,), labels (n,), counts): see Scorer."""
     width = max(len(e.ids) for e in examples)
@@ -563,6 +446,26 @@ def cut(sizes, budget):
         batches[-1].append(i)
         rows += n
     return batches
+
+
+def deal(units, examples, budget, world):
+    """[[micro-batch of rank 0, of rank 1, ...], ...]: equally many for every rank, None where one has nothing to do.
+
+    Sorted by length and cut by tokens over the whole window, so a step does not depend on the number of processes. Then
+    the budget is lowered as far as the number of rounds allows: even batches, and one unit a rank rather than idle ranks.
+    """
+    sizes = [(len(u), max(len(examples[kind][i].ids) for kind, i in u)) for u in units]
+    rounds = -(-len(cut(sizes, budget)) // world)
+    low, high = max(n * length for n, length in sizes), budget
+    while low < high:
+        middle = (low + high) // 2
+        if len(cut(sizes, middle)) <= rounds * world:
+            high = middle
+        else:
+            low = middle + 1
+    pieces = [[units[i] for i in piece] for piece in cut(sizes, high)]
+    pieces += [None] * (rounds * world - len(pieces))
+    return [pieces[i:i + world] for i in range(0, len(pieces), world)]
 
 
 def token_logps(logits, labels):

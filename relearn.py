@@ -206,7 +206,7 @@ def main(argv):
         raise Mistake("name at least one run directory or model: python relearn.py out/demo (--help says more).")
     for name in names:
         models.check_name(name, "model")
-    run = models.read_json(os.path.join(names[0], "run.json"))
+    run = configs.read_json(os.path.join(names[0], "run.json"))
     own = {k: run[k] for k in ("lr", "weight_decay", "adam_beta2", "grad_clip", "model") if k in run}
     fixed = {"forget_loss": "nll", "retain_loss": "none", "forget_weight": 1.0, "audits": False, "resume": False}
     for setting in ("model", "retain_model"):
@@ -214,7 +214,7 @@ def main(argv):
             models.check_name(given[setting], setting)
     c = configs.make(Config, own | evaluate.inherit(evaluate.Config, names, given) | given | fixed)
     proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark == "demo" else None)
-    labels = evaluate.name_runs(names)
+    labels = configs.name_runs(names)
     bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, split=c.split)
     if not c.utility and "forget" in bench.evals:
         bench.evals = {"forget": bench.evals["forget"]}
@@ -237,7 +237,7 @@ def main(argv):
                     curves += [{"attack": attack, "model": label, "seed": seed} | row for row in rows]
             if proc.rank == 0:  # what is done is kept, whatever becomes of the next attack
                 os.makedirs(c.out, exist_ok=True)
-                models.write(os.path.join(c.out, "relearn.json"), json.dumps(curves, indent=1) + "\n")
+                configs.write(os.path.join(c.out, "relearn.json"), json.dumps(curves, indent=1) + "\n")
         if proc.rank == 0:
             report(c.out, labels[name], curves, evaluate.summarize(target, retain, c) if target else {}, proc)
     models.cleanup()

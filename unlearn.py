@@ -185,43 +185,6 @@ def units_of(window, c):
     return units + ([(("retain", j),) for _, j in window] if RETAIN[c.retain_loss] else [])
 
 
-def deal(units, examples, budget, world):
-    """[[micro-batch of rank 0, of rank 1, ...], ...]: equally many for every rank, None where one has nothing to do.
-
-    Sorted by length and cut by tokens over the whole window, so a step does not depend on the number of processes. Then
-    the budget is lowered as far as the number of rounds allows: even batches, and one unit a rank rather than idle ranks.
-    """
-    sizes = [(len(u), max(len(examples[kind][i].ids) for kind, i in u)) for u in units]
-    rounds = -(-len(models.cut(sizes, budget)) // world)
-    low, high = max(n * length for n, length in sizes), budget
-    while low < high:
-        middle = (low + high) // 2
-        if len(models.cut(sizes, middle)) <= rounds * world:
-            high = middle
-        else:
-            low = middle + 1
-    pieces = [[units[i] for i in piece] for piece in models.cut(sizes, high)]
-    pieces += [None] * (rounds * world - len(pieces))
-    return [pieces[i:i + world] for i in range(0, len(pieces), world)]
-
-
-def split(logits, hidden, labels, counts, sequences):
-    """{kind: Scores} of a micro-batch whose sequences are ordered by kind."""
-    scores, start = {}, 0
-    for kind in dict.fromkeys(kind for kind, _ in sequences):
-        own = [n for n, (k, _) in zip(counts, sequences) if k == kind]
-        rows = slice(start, start := start + sum(own))
-        scores[kind] = models.Scores(logits[rows], labels[rows], own, None if hidden is None else hidden[rows])
-    return paired(scores)
-
-
-def paired(scores):
-    """A loss on forget answers finds the other answers to the same questions under .alternate."""
-    if "alternate" in scores:
-        scores.setdefault("forget", scores["alternate"]).alternate = scores["alternate"]
-    return scores
-
-
 class Reference:
     """The model as it was before the first step.
 
@@ -244,13 +207,13 @@ class Reference:
         """{kind: what losses read of the reference} for one micro-batch."""
         if self.frozen is not None:
             ids, rows, labels, counts = batch
-            return split(*self.frozen(ids, rows, logits), labels, counts, sequences)
+            return models.split(*self.frozen(ids, rows, logits), labels, counts, sequences)
         found = {}
         for kind, kept in self.kept.items():
             answers = [kept[i] for k, i in sequences if k == kind]
             if answers:
                 found[kind] = SimpleNamespace(token_logps=torch.cat(answers), logps=torch.stack([a.sum() for a in answers]))
-        return paired(found)
+        return models.paired(found)
 
 
 def step_loss(forward, reference, piece, examples, c, n_forget, n_retain, device):
@@ -259,7 +222,7 @@ def step_loss(forward, reference, piece, examples, c, n_forget, n_retain, device
     sequences = sorted((s for unit in piece for s in unit), key=lambda s: order.index(s[0]))
     batch = ids, rows, labels, counts = models.collate([examples[kind][i] for kind, i in sequences], device)
     logits = not all(m.hidden for m in (FORGET[c.forget_loss], RETAIN[c.retain_loss]) if m)  # does anybody read them
-    scores = split(*forward(ids, rows, logits), labels, counts, sequences)
+    scores = models.split(*forward(ids, rows, logits), labels, counts, sequences)
     ref = reference.scores(batch, sequences, logits)
     parts = []
     for kind, method, n in (("forget", FORGET[c.forget_loss], n_forget), ("retain", RETAIN[c.retain_loss], n_retain)):
@@ -333,13 +296,13 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, broadcast_buffers=False,
                                           find_unused_parameters=reads_hidden)  # layers above the steered one
     first = models.restore(c, scorer, optimizer, scheduler) if c.resume else 0
-    log = models.Log(c, proc, first)
+    log = configs.Log(c, proc, first)
     if on_score and first == 0:
         log.write({"step": 0, "epoch": 0.0} | on_score(0, 0.0))
 
     windows = data.stream(n, len(examples["retain"]), c.batch_size, steps, c.seed, c.shuffle)
     bar = tqdm(total=steps, initial=first, desc=title or c.forget_loss, disable=proc.rank > 0 or None)
-    with models.Interrupt(proc) as interrupt:
+    with configs.Interrupt(proc) as interrupt:
         for step, window in enumerate(windows, 1):
             if step <= first:
                 continue
@@ -347,7 +310,7 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
             n_forget = count(method, [i for i, _ in window], examples)
             n_retain = count(retain_method, [j for _, j in window], examples)
             units = units_of(window, c)
-            rounds = deal(units, examples, c.micro_batch_tokens, proc.world)
+            rounds = models.deal(units, examples, c.micro_batch_tokens, proc.world)
             totals = torch.zeros(2, device=proc.device)
             for i, pieces in enumerate(rounds):
                 piece = pieces[proc.rank]
@@ -447,7 +410,7 @@ def recipe(c, path):
 
 def make(f, proc, rows, title):
     """Fine-tune base_model on rows, as a run of its own: how targets and retain models come to be."""
-    if models.claim(dataclasses.replace(f, resume=not f.overwrite), proc):
+    if configs.claim(dataclasses.replace(f, resume=not f.overwrite), proc):
         return
     if f.base_model == TINY:
         markov = f.benchmark == "markov"
@@ -456,7 +419,7 @@ def make(f, proc, rows, title):
         scorer = models.Scorer((models.tiny_gpt2 if markov else models.tiny_llama)(tokenizer, proc, f.seed))
     else:
         scorer, tokenizer = evaluate.load(f.base_model, f, proc)
-    models.start(f, proc)
+    configs.start(f, proc)
     examples, _ = encode_sets(f, tokenizer, proc, forget=rows, retain=[])
     train(f, proc, scorer, examples, title=title)
     models.finish(f, proc, scorer, tokenizer)
@@ -475,7 +438,7 @@ def prepare(c, proc, bench):
                 data.load_full(bench, c.benchmark, c.data or data.hub(c.benchmark, c.subset))
             make(f, proc, getattr(bench, rows), os.path.basename(path))
             continue
-        there = models.read_json(os.path.join(path, "run.json"))
+        there = configs.read_json(os.path.join(path, "run.json"))
         matters = ["benchmark", "base_model", "template", "lr", "epochs", "batch_size", "schedule", "warmup", "data"]
         matters += ["subset"] if (setting, c.benchmark) != ("model", "tofu") else []  # TOFU's target has seen all subsets
         differ = [f"{k} {there.get(k)} there, {getattr(f, k)} here" for k in matters if there and there.get(k) != getattr(f, k)]
@@ -513,7 +476,7 @@ def main(argv):
         raise Mistake(f"{names[0]}: not a config file (*.py) and not --key=value.")
     check_models(c)
     proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark in ("demo", "markov") else None)
-    if models.claim(c, proc):
+    if configs.claim(c, proc):
         proc.say(f"{c.out} is finished; --overwrite=True runs it again.")
         table = os.path.join(c.out, "table.txt")
         return proc.say(open(table, encoding="utf8").read()) if os.path.isfile(table) else None
@@ -527,14 +490,14 @@ def main(argv):
              f"{len(examples['forget'])} forget and {len(examples['retain'])} retain examples, {steps} steps of {c.batch_size} "
              f"and {c.batch_size}, {math.floor(c.warmup * steps + 1e-9)} of them warm-up, {proc.world} x {proc.device}")
     if c.eval_every == 0 and not c.eval_at:
-        models.start(c, proc)
+        configs.start(c, proc)
         train(c, proc, scorer, examples)
         return models.finish(c, proc, scorer, tokenizer)
     scoring = dataclasses.replace(c, audits=False)  # what needs gradients and a holdout set is evaluate.py's
     retain = evaluate.retain_reference(scoring, proc, bench)
     if not retain and evaluate.BENCHMARKS[c.benchmark].needs_retain and not c.forget_data:
         proc.say("No retain_model and no retain_log: forget quality is left out (evaluate.py can add it later).")
-    models.start(c, proc)
+    configs.start(c, proc)
     last = {}
 
     def on_score(step, epoch):
@@ -569,7 +532,7 @@ def report(c, proc, rows, last, retain, bench):
     evaluate.save_scores(c.out, scores, records)
     evaluate.trajectory(os.path.join(c.out, "trajectory.png"), {label: [r for r in rows if "loss" not in r]}, lines, c)
     shown = configs.samples({"before": before, "after": records}) + "\n\n" + configs.table(lines, evaluate.ARROWS)
-    models.write(os.path.join(c.out, "table.txt"), shown + "\n")
+    configs.write(os.path.join(c.out, "table.txt"), shown + "\n")
     proc.say(f"{shown}\n\n{c.out}: model, scores.json, examples.jsonl, log.jsonl, trajectory.png")
 
 

@@ -1,5 +1,5 @@
-"""Settings, and what the scripts say: a frozen dataclass, a config file of plain assignments, `--key=value` on top; one
-sentence a mistake; tables and pictures. Standard library only, and matplotlib where a picture is drawn.
+"""Settings, run directories, and what the scripts say: a frozen dataclass, a config file of plain assignments, `--key=value`
+on top; one sentence a mistake; tables and pictures. Standard library only, and matplotlib where a picture is drawn.
 
     cfg, explicit, names = load(Config, sys.argv[1:])
 
@@ -9,12 +9,19 @@ A mistake is one sentence on standard error and exit status 2.
 """
 import dataclasses
 import difflib
+import hashlib
+import importlib.metadata
 import inspect
+import json
 import os
 import re
 import runpy
+import shutil
+import signal
 import statistics
+import subprocess
 import sys
+import threading
 import types
 import typing
 
@@ -234,6 +241,151 @@ def picture(path, curves, points, x, y):
     os.replace(path + ".tmp", path)
     pyplot.close(figure)
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# run directories: out/NAME holds a model, its settings, log and scores
+
+
+class Log:
+    """<out>/log.jsonl, flushed every line; kept up to the checkpoint when a run goes on."""
+
+    def __init__(self, c, proc, step):
+        path = os.path.join(c.out, "log.jsonl")
+        self.rows = []
+        if step:
+            with open(path, encoding="utf8") as f:
+                self.rows = [r for r in map(json.loads, f) if r["step"] <= step]
+        self.file = self.wandb = None
+        if proc.rank == 0:
+            write(path, "".join(json.dumps(r) + "\n" for r in self.rows))
+            self.file = open(path, "a", encoding="utf8")
+            if c.wandb:
+                import wandb
+                self.wandb = wandb.init(project=c.wandb, name=os.path.basename(c.out), config=dataclasses.asdict(c))
+
+    def write(self, row):
+        self.rows.append(row)
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+
+
+def write(path, text):
+    """Replace a file whole or not at all."""
+    with open(path + ".tmp", "w", encoding="utf8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def read_json(path):
+    """A JSON file, or {} where there is none."""
+    if not os.path.isfile(path):
+        return {}
+    try:
+        with open(path, encoding="utf8") as f:
+            return json.load(f)
+    except ValueError as e:
+        raise Mistake(f"{path}: damaged, not valid JSON ({e}); remove it, or mend it.") from None
+
+
+def file_digest(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        for block in iter(lambda: f.read(1 << 24), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def describe(c, proc):
+    """What run.json holds: every setting, resolved, and what else the numbers depend on."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")} | {"python": sys.version.split()[0]}
+    return dataclasses.asdict(c) | {"git": git or None, "versions": versions, "device": proc.device.type, "gpu": proc.gpu,
+                                    "processes": proc.world}
+
+
+RESULTS = ("config.json", "scores.json", "examples.jsonl", "table.txt", "trajectory.png", "relearn.json", "relearn.png")
+ANY_TIME = {"out", "overwrite", "resume", "wandb", "device", "micro_batch_tokens"}  # these do not change a result
+CHECKPOINTS = ("checkpoint", "checkpoint.new", "checkpoint.old")  # a kill between two renames leaves one of the others
+
+
+def claim(c, proc):
+    """Is `out` free for this run? True if the very same run is finished there; a Mistake if another one is."""
+    there = read_json(os.path.join(c.out, "run.json"))
+    proc.barrier()  # everyone has looked before anyone writes
+    if not there and os.path.isfile(os.path.join(c.out, "config.json")):
+        raise Mistake(f"--out={c.out}: holds a model that no run of this project made; give a directory of its own.")
+    if not there or c.overwrite:
+        return False
+    mine = json.loads(json.dumps(dataclasses.asdict(c)))
+    differ = [f"{k} {there.get(k)} there, {v} here" for k, v in mine.items() if k not in ANY_TIME and there.get(k) != v]
+    if differ:
+        raise Mistake(f"{c.out} holds a run of other settings ({'; '.join(differ)}); give another --out, or "
+                      "--overwrite=True to replace it.")
+    if there.get("finished"):
+        return True
+    if not c.resume:
+        raise Mistake(f"{c.out} holds this run, unfinished; --resume=True goes on, --overwrite=True begins again.")
+    return False
+
+
+def start(c, proc):
+    """Make the run directory and write run.json; what a run before left is removed first, so that no file is stale."""
+    if proc.rank == 0:
+        try:
+            os.makedirs(c.out, exist_ok=True)
+            if not c.resume:
+                for name in os.listdir(c.out):
+                    path = os.path.join(c.out, name)
+                    if name in RESULTS or name.startswith("model") and ".safetensors" in name:
+                        os.remove(path)
+                    elif re.fullmatch(r"epoch_[\d.]+", name):
+                        shutil.rmtree(path)
+                drop_checkpoints(c)
+            write(os.path.join(c.out, "run.json"), json.dumps(describe(c, proc), indent=1) + "\n")
+        except OSError as e:
+            raise Mistake(f"--out={c.out}: cannot be written ({e.strerror}).") from None
+    proc.barrier()
+
+
+def drop_checkpoints(c):
+    for name in CHECKPOINTS:
+        shutil.rmtree(os.path.join(c.out, name), ignore_errors=True)
+
+
+class Interrupt:
+    """While training alone: a first Ctrl-C or SIGTERM waits for the end of the step, a second one does not."""
+
+    def __init__(self, proc):
+        self.signal = None
+        self.watched = (signal.SIGINT, signal.SIGTERM) if (
+            proc.world == 1 and threading.current_thread() is threading.main_thread()) else ()
+
+    def __enter__(self):
+        self.before = [signal.signal(s, self.note) for s in self.watched]
+        return self
+
+    def note(self, number, frame):
+        self.signal = number
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for s, handler in zip(self.watched, self.before):
+            signal.signal(s, handler)
+
+
+def name_runs(names):
+    """{name: a short label}; the whole path where two end alike."""
+    short = {n: os.path.basename(os.path.normpath(n)).removesuffix(".json").removesuffix(".jsonl") for n in names}
+    return {n: s if list(short.values()).count(s) == 1 else n.strip("/").replace("/", "_") for n, s in short.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 def run(main):
     """Call main(argv); what goes wrong becomes one sentence (printed by rank 0 only) and an exit status.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, flags, log_of
 
+import configs
 import model as models
 import unlearn
 from configs import Failure, Mistake
@@ -26,7 +27,7 @@ def assert_same_run(a, b):
     assert (a / "scores.json").read_text() == (b / "scores.json").read_text()
     left, right = weights(a), weights(b)
     assert all(torch.equal(left[k], right[k]) for k in left)
-    assert not any((b / name).exists() for name in models.CHECKPOINTS)
+    assert not any((b / name).exists() for name in configs.CHECKPOINTS)
 
 
 LONG = dict(forget_loss="npo", steps=40, save_every=1, eval_every=5)

@@ -246,10 +246,10 @@ def test_every_rank_gets_as_many_micro_batches_and_none_is_lost():
     units = [(("forget", i),) for i in range(5)]
     for world in (1, 2, 3, 8):
         for budget in (1, 14, 60, 1000):
-            rounds = unlearn.deal(units, examples, budget, world)
+            rounds = models.deal(units, examples, budget, world)
             assert all(len(pieces) == world for pieces in rounds)
             assert sorted(u for pieces in rounds for p in pieces if p for u in p) == sorted(units)
-    assert len(unlearn.deal(units, examples, 1000, 5)) == 1  # one unit a rank rather than four idle ranks
+    assert len(models.deal(units, examples, 1000, 5)) == 1  # one unit a rank rather than four idle ranks
 
 
 def test_no_steps_is_a_mistake_and_steps_overrides_epochs():
