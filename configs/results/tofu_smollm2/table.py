@@ -1,0 +1,153 @@
+"""Choice, tables and pictures of the study.
+
+    python configs/results/tofu_smollm2/table.py choose out/tofu20    # the rule: a line of method and rate for each method
+    python configs/results/tofu_smollm2/table.py collect out/tofu20   # keeps runs.jsonl, from the run directories
+    python configs/results/tofu_smollm2/table.py                      # tables and pictures, from runs.jsonl
+"""
+import glob
+import json
+import os
+import statistics
+import sys
+
+from matplotlib.figure import Figure
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SETTINGS = ("forget_loss", "retain_loss", "lr", "seed", "beta", "forget_weight", "epochs", "batch_size", "git")
+METHODS = {("simnpo", "nll"): "SimNPO", ("npo", "nll"): "NPO", ("ga", "nll"): "GradDiff", ("idk", "nll"): "IDK",
+           ("ga", "none"): "GA", ("dpo", "nll"): "DPO"}
+COLUMNS = ("forget_quality", "model_utility", "forget_prob", "forget_rouge", "retain_prob", "retain_rouge")
+AUDITS = ("exact_memorization", "extraction_strength", "mia_loss", "mia_min_k_pp", "mia_reference", "privleak")
+
+
+def load(path, lines=False):
+    if not os.path.isfile(path):
+        return [] if lines else {}
+    with open(path, encoding="utf8") as f:
+        return [json.loads(line) for line in f] if lines else json.load(f)
+
+
+def collect(study):
+    """A row a run, and one each for target and retain model: settings, scores, attacks, audits."""
+    rows = []
+    for name in (f"{study}_target", f"{study}_retain"):
+        label = os.path.basename(name)
+        rows.append({"name": label, "end": label.rpartition("_")[2], "scores": load(f"{study}_ends/{label}/scores.json"),
+                     "audits": load(f"{study}_audits/{label}/scores.json"), "relearn": []})
+    rows[1]["relearn"] = load(f"{study}_ends/control/relearn.json")
+    for path in sorted(glob.glob(f"{study}_*_s[0-9]/run.json")):
+        run, name = load(path), os.path.dirname(path)
+        if run.get("finished"):
+            rows.append({"name": os.path.basename(name)} | {k: run[k] for k in SETTINGS} | {
+                "method": METHODS[run["forget_loss"], run["retain_loss"]], "scores": load(f"{name}/scores.json"),
+                "audits": load(f"{study}_audits/{os.path.basename(name)}/scores.json"),
+                "relearn": load(f"{name}/relearn.json") or []})
+    return rows
+
+
+def chosen(rows):
+    """{method: (rate, feasible)}: highest forget_quality where utility is at least 95 % of the target's, else best utility. Seed 0."""
+    floor = 0.95 * next(r for r in rows if r.get("end") == "target")["scores"]["model_utility"]
+    best = {}
+    for method in METHODS.values():
+        points = [r for r in rows if r.get("method") == method and r["seed"] == 0]
+        feasible = [r for r in points if r["scores"]["model_utility"] >= floor]
+        if points:
+            best[method] = (max(feasible, key=lambda r: r["scores"]["forget_quality"])["lr"], True) if feasible else (
+                max(points, key=lambda r: r["scores"]["model_utility"])["lr"], False)
+    return best
+
+
+def show(values):
+    values = [v for v in values if v is not None]
+    if not values:
+        return "-"
+    text = [f"{v:.1e}" if 0 < abs(v) < 1e-3 else f"{v:.3f}" for v in (statistics.mean(values), statistics.stdev(values) if values[1:] else 0)]
+    return " ± ".join(text[:1 + bool(values[1:])])
+
+
+def markdown(head, lines):
+    print("\n| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+    for line in lines:
+        print("| " + " | ".join(line) + " |")
+
+
+def tables(rows):
+    best, ends = chosen(rows), [r for r in rows if "end" in r]
+    runs = [r for r in rows if "method" in r]
+    print("Every point of the sweep (bold: chosen; *: no point kept 95 % of the target's utility)")
+    lines = [[e["end"], "", ""] + [show([e["scores"].get(k)]) for k in COLUMNS] for e in ends]
+    for method in best:
+        rate, feasible = best[method]
+        for lr in sorted({r["lr"] for r in runs if r["method"] == method}):
+            group = [r for r in runs if (r["method"], r["lr"]) == (method, lr)]
+            name = f"**{method}**{'' if feasible else ' *'}" if lr == rate else method
+            lines.append([name, f"{lr:g}", str(len(group))] + [show([r["scores"].get(k) for r in group]) for k in COLUMNS])
+    markdown(("", "lr", "seeds") + COLUMNS, lines)
+    groups = {m: [r for r in runs if (r["method"], r["lr"]) == (m, best[m][0])] for m in best}
+    groups["retain model"], groups["target"] = [ends[1]], [ends[0]]
+    if any(r["relearn"] for g in groups.values() for r in g):
+        print("\nAttacks on the chosen: forget probability before, after; of the questions that were not relearned")
+        lines = []
+        for method, group in groups.items():
+            line = [method]
+            for attack in ("relearn_random", "relearn_shortest", "int4"):
+                kept = [[a for a in r["relearn"] if a["attack"] == attack] for r in group]
+                kept = [k for k in kept if k]
+                key = "unseen_forget_prob" if attack != "int4" else "forget_prob"
+                first = [k[0][key] for k in kept] if attack != "int4" else [r["scores"]["forget_prob"] for r in group if kept]
+                line += [f"{show(first)} → {show([k[-1][key] for k in kept])}" if kept else "-",
+                         show([k[-1].get("recovered") for k in kept])] if method != "target" else ["-", "-"]
+            lines.append(line)
+        markdown(("", "random 20 %", "recovered", "shortest 20 %", "recovered", "int4", "recovered"), lines)
+    if any(r["audits"] for g in groups.values() for r in g):
+        print("\nAudits")
+        markdown(("",) + AUDITS, [[m] + [show([r["audits"].get(k) for r in g]) for k in AUDITS] for m, g in groups.items()])
+
+
+def pictures(rows):
+    best = chosen(rows)
+    figure = Figure(figsize=(11, 4.5), layout="tight")
+    left, right = figure.subplots(1, 2)
+    for i, method in enumerate(best):
+        points = [r for r in rows if r.get("method") == method]
+        for r in points:
+            picked = r["lr"] == best[method][0]
+            left.plot(r["scores"]["model_utility"], r["scores"]["forget_quality"], "o", color=f"C{i}", markersize=8 if picked else 4,
+                      label=method if picked and r["seed"] == 0 else None)
+    for end, mark in (("target", "s"), ("retain", "*")):
+        scores = next(r for r in rows if r.get("end") == end)["scores"]
+        left.plot(scores["model_utility"], scores.get("forget_quality", 1.0), mark, color="black", markersize=11, label=end)
+    left.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
+    left.set(yscale="log", xlabel="model utility", ylabel="forget quality", title="unlearned (large: chosen)", ylim=(1e-18, 2))
+    for i, method in enumerate([*best, "retain model"]):
+        for r in rows:
+            own = r.get("method") == method and r["lr"] == best.get(method, (0,))[0] or (method, r.get("end")) == ("retain model", "retain")
+            for attack, style in (("relearn_random", "-"), ("relearn_shortest", "--")):
+                curve = [a for a in r["relearn"] if own and a["attack"] == attack]
+                if curve:
+                    right.plot([a["step"] for a in curve], [a["unseen_forget_prob"] for a in curve], style + "o", markersize=3,
+                               color="black" if method == "retain model" else f"C{i}",
+                               label=method if style == "-" and r.get("seed", 0) == 0 else None)
+    right.set(xlabel="relearning steps", ylabel="probability of forget answers not relearned", ylim=(0, 1),
+              title="20 % relearned, random (solid) or shortest (dashed)")
+    for axes in (left, right):
+        axes.legend(fontsize=8)
+    path = os.path.join(HERE, "study.png")
+    figure.savefig(path, dpi=130)
+    print(f"\n{os.path.relpath(path)}")
+
+
+if __name__ == "__main__":
+    kept = os.path.join(HERE, "runs.jsonl")
+    if sys.argv[1:2] == ["choose"]:
+        rows = collect(sys.argv[2])
+        for method, (lr, _) in chosen(rows).items():  # a run is called STUDY_<method>_<rate>_s<seed>
+            print(*next(r["name"] for r in rows if r.get("method") == method and r["lr"] == lr).split("_")[-3:-1])
+    else:
+        if sys.argv[1:2] == ["collect"]:
+            with open(kept, "w", encoding="utf8") as f:
+                f.writelines(json.dumps(r) + "\n" for r in collect(sys.argv[2]))
+        rows = load(kept, lines=True)
+        tables(rows)
+        pictures(rows)
