@@ -161,19 +161,19 @@ GRIDS = {"int8": torch.arange(-127, 128) / 127, "int4": torch.arange(-7, 8) / 7,
 
 @torch.no_grad()
 def round_weights(lm, name, block=64):
-    """Round the weights of every linear layer but the output head to the grid, each `block` of them scaled by its largest."""
+    """Round every matrix but embeddings and output head to the grid, each `block` of weights scaled by its largest."""
     grid = GRIDS[name].to(lm.device)
-    for layer in lm.modules():
-        if isinstance(layer, torch.nn.Linear) and layer is not lm.get_output_embeddings():
-            flat = layer.weight.flatten()
-            blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
-            scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
-            nearest = torch.bucketize(blocks / scale, (grid[1:] + grid[:-1]) / 2)
-            layer.weight.copy_((grid[nearest] * scale).flatten()[:len(flat)].view_as(layer.weight))
+    kept = {p for m in lm.modules() if isinstance(m, torch.nn.Embedding) or m is lm.get_output_embeddings() for p in m.parameters()}
+    for weight in (p for p in lm.parameters() if p.ndim > 1 and p not in kept):  # GPT-2's and fused experts' are no nn.Linear
+        flat = weight.flatten()
+        blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
+        scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
+        nearest = torch.bucketize(blocks / scale, (grid[1:] + grid[:-1]) / 2)
+        weight.copy_((grid[nearest] * scale).flatten()[:len(flat)].view_as(weight))
 
 
 def quantize(a, grid):
-    """Round the weights of all linear layers but the output head to a coarse grid (arXiv 2410.16454: forgetting may vanish)."""
+    """Round the weights to a coarse grid (arXiv 2410.16454: forgetting may vanish)."""
     scorer, tokenizer = evaluate.load(a.name, a.c, a.proc)
     round_weights(scorer.lm, grid)
     return [{"step": 0, "epoch": 0.0} | a.score(scorer, tokenizer)]
