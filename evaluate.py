@@ -242,12 +242,13 @@ def audit_tokens(logits, labels):
 
 
 def gradient_norm(scorer, example, proc):
-    """Mean over parameter tensors of the L2 norm of the gradient of the answer's mean NLL."""
+    """Mean over the parameter tensors it depends on of the L2 norm of the gradient of the answer's mean NLL."""
     ids, rows, labels, _ = models.collate([example], proc.device)
     with proc.autocast():
         loss = -losses.token_logps(scorer(ids, rows)[0], labels).mean()
     parameters = [p for p in scorer.parameters() if p.requires_grad]
-    return float(torch.stack([g.norm() for g in torch.autograd.grad(loss, parameters)]).mean())
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return float(torch.stack([g.norm() for g in gradients if g is not None]).mean())
 
 
 def record_audits(scorer, tokenizer, bench, c, proc):
