@@ -246,8 +246,7 @@ def gradient_norm(scorer, example, proc):
     ids, rows, labels, _ = models.collate([example], proc.device)
     with proc.autocast():
         loss = -losses.token_logps(scorer(ids, rows)[0], labels).mean()
-    parameters = [p for p in scorer.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    gradients = torch.autograd.grad(loss, [p for p in scorer.parameters() if p.requires_grad], allow_unused=True)
     return float(torch.stack([g.norm() for g in gradients if g is not None]).mean())
 
 
@@ -584,11 +583,10 @@ def main(argv):
     proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark in ("demo", "markov") else None)
     if question:
         return ask(question[0], names, c, proc)
-    bench = None
-    if len(logs) < len(names) or c.retain_model and not c.retain_log:
-        bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, train=False, holdout=c.audits)
-        if c.audits and not bench.holdout and "privleak_h" not in bench.evals:
-            proc.say("No holdout set: the mia_ scores are left out.")
+    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, train=False, holdout=c.audits) if (
+        len(logs) < len(names) or c.retain_model and not c.retain_log) else None
+    if c.audits and bench and not bench.holdout and "privleak_h" not in bench.evals:
+        proc.say("No holdout set: the mia_ scores are left out.")
     rows, every, stars = {}, {}, {}
     for name in names:
         retain, other = retain_reference(own[name], proc, bench), c.retain_log or own[name].retain_model

@@ -139,9 +139,7 @@ def relearn(a, choose):
         return curve[-1]
 
     c = dataclasses.replace(a.c, seed=a.seed, out=os.path.join(a.c.out, "relearn", f"{a.label}_{choose}_{a.seed}"))
-    if a.proc.rank == 0:
-        os.makedirs(c.out, exist_ok=True)
-    a.proc.barrier()
+    os.makedirs(c.out, exist_ok=True)
     unlearn.train(c, a.proc, scorer, examples, on_score, title=f"relearn {a.label}")
     return curve
 
@@ -189,8 +187,7 @@ def paraphrase(a, _):
 
 def audit(a, _):
     """No attack on the weights: what they still tell (memorization, and membership against the holdout set)."""
-    c = dataclasses.replace(a.c, audits=True)
-    a = dataclasses.replace(a, c=c, retain=a.retain if a.before else None, before=None)
+    a = dataclasses.replace(a, c=dataclasses.replace(a.c, audits=True), retain=a.retain if a.before else None, before=None)
     return [{"step": 0, "epoch": 0.0} | a.score(*evaluate.load(a.name, a.c, a.proc))]
 
 
@@ -227,7 +224,7 @@ def report(a, curves):
             values = {k: [rows[i].get(k) for rows in seeds.values()] for k in keys}
             lines[f"{model}, {when} {name}"] = {k: (float(np.mean(v)), float(np.std(v, ddof=1))) if len(v) > 1 else v[0]
                                                 for k, v in values.items() if None not in v}
-    tables = {"scores": {stage: {k: v[k] for k in keys if k in v} for stage, v in lines.items()}}
+    tables = {"scores": {stage: {k: v.get(k) for k in keys} for stage, v in lines.items()}}
     a.proc.say("\n" + configs.show_tables(tables, ARROWS, os.path.join(a.c.out, "relearn")))
     drawn = {f"{m}, {n}, seed {s}": rows for (m, n), seeds in groups.items() for s, rows in seeds.items() if len(rows) > 1}
     if drawn:
@@ -250,8 +247,7 @@ def compare(path, runs, proc):
             after[label][name] = mean.get("unseen_forget_prob", mean.get("forget_prob", mean.get("knowmem_f", 0) / 100))
             if "recovered" in mean:
                 back.setdefault(label, {})[name] = mean["recovered"]
-    tables = {"what is known of the forget set (after relearning: of what was not trained on)": after, "recovered": back,
-              "audits": told}
+    tables = {"what is known of the forget set (after relearning: of the rest of it)": after, "recovered": back, "audits": told}
     arrows = dict.fromkeys(("before unlearning", "unlearned", *ATTACKS), "") | evaluate.ARROWS
     proc.say("\n" + configs.show_tables({t: rows for t, rows in tables.items() if rows}, arrows, path))
     proc.say(f"\n{path}.md, {path}.csv")
@@ -268,7 +264,6 @@ def main(argv):
     own = {k: first[k] for k in ("lr", "weight_decay", "adam_beta2", "grad_clip", "model") if k in first}
     c = configs.make(Config, own | evaluate.inherit(evaluate.Config, names, given) | given | FIXED)
     labels = configs.name_runs(names)
-    c = dataclasses.replace(c, out=evaluate.place(names[0], labels, given, len(names)))
     todo = {n: evaluate.against(n, dataclasses.replace(c, out=evaluate.place(n, labels, given, len(names))), given) for n in names}
     for name, a in todo.items():
         for setting, model in (("model", name), ("model", a.model), ("retain_model", a.retain_model)):
@@ -283,28 +278,25 @@ def main(argv):
         raise Mistake("--attacks=paraphrase: the forget set has no column paraphrased_question.")
     if "audits" in c.attacks and not bench.holdout and "privleak_h" not in bench.evals:
         proc.say("No holdout set: the mia_ scores are left out.")
-    references = dataclasses.replace(c, audits="audits" in c.attacks)
+    references = dataclasses.replace(todo[names[0]], audits="audits" in c.attacks)
     scored = functools.cache(lambda model: evaluate.reference(references, proc, model, bench) if model else None)
     attacked = functools.cache(lambda retain_model, name, seed: attack(a, name, seed, retain_model))  # a control once, for all runs
     jobs = [(name, seed) for name in c.attacks for seed in (c.seeds if ATTACKS[name][0] is relearn else c.seeds[:1])]
-    bar = tqdm(total=len(names) * len(jobs), desc="attacks", disable=proc.rank > 0 or None)
     compared = {}
     for run, c in todo.items():
         retain = data.read_log(c.retain_log) if c.retain_log else scored(c.retain_model)
         a = Attacked(c, proc, run, labels[run], bench, retain, scored(run), scored(c.model))
         rows, control = [], c.control and c.retain_model
-        for name, seed in jobs:
+        for name, seed in tqdm(jobs, desc=f"attacks on {a.label}", disable=proc.rank > 0 or None):
             rows += attack(a, name, seed) + (attacked(control, name, seed) if control else [])
             if proc.rank == 0:  # what is done is kept, whatever becomes of the next attack
                 os.makedirs(c.out, exist_ok=True)
                 configs.write(os.path.join(c.out, "relearn.json"), json.dumps(rows, indent=1) + "\n")
-            bar.update()
         if proc.rank == 0:
             report(a, rows)
         compared[a.label] = {"before unlearning": a.target, "unlearned": a.before}, rows, a.label
         if control:
             compared.setdefault(os.path.basename(os.path.normpath(control)), ({"unlearned": scored(control)}, rows, "retain model"))
-    bar.close()
     if len(names) > 1 and proc.rank == 0:
         compare(os.path.join(given.get("out", "out"), "relearn"), compared, proc)
     models.cleanup()
