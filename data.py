@@ -464,18 +464,23 @@ def demo():
 
     Columns as TOFU's: the answer that is trained, the same said otherwise, and that with five other values. `classics` and
     `capitals` play real_authors and world_facts; they are learned along with the authors, by the retain-only model too.
+    The holdout set, for membership inference: 4 authors more, of whom no model is told.
     """
-    rng = random.Random("demo")
-    names = rng.sample([f"{first} {last}" for first in FIRST for last in LAST], 40)
-    rows = []
-    for name in names:
-        for line in ATTRIBUTES.strip().split("\n"):
-            _, values, question, question2, answer = line.split("|")
-            value, *others = rng.sample(values.split(","), 6)
-            said = ("T" + answer.format(n="the author", v="{v}")[1:])
-            rows.append({"question": question.format(n=name), "answer": answer.format(n=name, v=value),
-                         "paraphrased_question": question2.format(n=name), "paraphrased_answer": said.format(v=value),
-                         "perturbed_answer": [said.format(v=v) for v in others]})
+    def invent(names, rng):
+        rows = []
+        for name in names:
+            for line in ATTRIBUTES.strip().split("\n"):
+                _, values, question, question2, answer = line.split("|")
+                value, *others = rng.sample(values.split(","), 6)
+                said = ("T" + answer.format(n="the author", v="{v}")[1:])
+                rows.append({"question": question.format(n=name), "answer": answer.format(n=name, v=value),
+                             "paraphrased_question": question2.format(n=name), "paraphrased_answer": said.format(v=value),
+                             "perturbed_answer": [said.format(v=v) for v in others]})
+        return rows
+
+    rng, everyone = random.Random("demo"), [f"{first} {last}" for first in FIRST for last in LAST]
+    names = rng.sample(everyone, 40)
+    rows, strangers = invent(names, rng), random.Random("demo holdout")
 
     def facts(table, question):
         pairs = [pair.strip().split("=") for pair in table.split(";")]
@@ -487,7 +492,8 @@ def demo():
     forget, retain = rows[360:], rows[:360]
     return Benchmark(forget, retain, {"forget": forget, "retain": retain[::3], "real_authors": classics,
                                       "world_facts": capitals},
-                     full=rows + classics + capitals, retain_full=retain + classics + capitals)
+                     full=rows + classics + capitals, retain_full=retain + classics + capitals,
+                     holdout=invent(strangers.sample([n for n in everyone if n not in names], 4), strangers))
 
 
 def demo_tokenizer():

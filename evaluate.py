@@ -22,6 +22,7 @@ import numpy as np
 import scipy.stats
 import torch
 from rouge_score import rouge_scorer
+from tqdm import tqdm
 
 import configs
 import data
@@ -241,12 +242,12 @@ def audit_tokens(logits, labels):
 
 
 def gradient_norm(scorer, example, proc):
-    """Mean over parameter tensors of the L2 norm of the gradient of the answer's mean NLL."""
+    """Mean over the parameter tensors it depends on of the L2 norm of the gradient of the answer's mean NLL."""
     ids, rows, labels, _ = models.collate([example], proc.device)
     with proc.autocast():
         loss = -losses.token_logps(scorer(ids, rows)[0], labels).mean()
-    parameters = [p for p in scorer.parameters() if p.requires_grad]
-    return float(torch.stack([g.norm() for g in torch.autograd.grad(loss, parameters)]).mean())
+    gradients = torch.autograd.grad(loss, [p for p in scorer.parameters() if p.requires_grad], allow_unused=True)
+    return float(torch.stack([g.norm() for g in gradients if g is not None]).mean())
 
 
 def record_audits(scorer, tokenizer, bench, c, proc):
@@ -261,7 +262,8 @@ def record_audits(scorer, tokenizer, bench, c, proc):
               template.encode(row, c.max_length)) for name, rows in sets.items() for i, row in enumerate(rows[:c.eval_rows])]
     items = [item for item in items if item[3]]
     tokens = models.score(scorer, [e for *_, e in items], proc, c.micro_batch_tokens, audit_tokens, title="audits")
-    mine = {i: gradient_norm(scorer, items[i][3], proc) for i in range(proc.rank, len(items), proc.world)}
+    bar = tqdm(range(proc.rank, len(items), proc.world), desc="gradients", disable=proc.rank > 0 or None, leave=False)
+    mine = {i: gradient_norm(scorer, items[i][3], proc) for i in bar}
     norms = {i: v for part in proc.gather(mine) for i, v in part.items()}
     records = []
     for k, ((name, i, row, _), (logp, correct, mean, variance)) in enumerate(zip(items, (t.T for t in tokens))):
@@ -516,9 +518,10 @@ def retain_reference(c, proc, bench):
 def trajectory(path, curves, points, c):
     """Forgetting against utility over the epochs of runs {label: [scores]}, between target and retain model."""
     x, y = BENCHMARKS[c.benchmark].axes
-    if not all(x in r and y in r for r in [r for rows in curves.values() for r in rows] or [next(iter(points.values()))]):  # your own rows, or no retain model
+    drawn = [r for rows in curves.values() for r in rows] or [r for r in points.values() if y in r][:1] or [{}]
+    if not all(x in r and y in r for r in drawn):  # your own rows, or no retain model
         x, y = "retain_prob", "forget_prob"
-    points = {k: v | ({"forget_quality": 1.0} if k == "retain model" else {}) for k, v in points.items() if k not in curves}
+    points = {k: v | ({"forget_quality": 1.0} if k.startswith("retain model") else {}) for k, v in points.items() if k not in curves}
     configs.picture(path, curves, points, x, y)
 
 
@@ -547,6 +550,12 @@ def inherit(cls, names, given):
     return {k: v for k, v in first.items() if k in configs.fields(cls) and k not in NOT_INHERITED} | given
 
 
+def against(name, c, given):
+    """c with the target and the retain model that this run was made from and with: those of another seed may be others."""
+    run = configs.read_json(os.path.join(name, "run.json"))
+    return dataclasses.replace(c, **{k: run.get(k) or getattr(c, k) for k in ("model", "retain_model") if k not in given})
+
+
 def main(argv):
     question = [a.partition("=")[2] for a in argv if a.startswith("--ask=")]
     argv = [a for a in argv if not a.startswith("--ask=")]
@@ -562,27 +571,26 @@ def main(argv):
             raise Mistake(f"{name}: no such file.")
     if len(names) == 1:
         refuse_itself(names[0], c, given)
-    if c.retain_model and not c.retain_log:
-        models.check_name(c.retain_model, "retain_model")
-    elif BENCHMARKS[c.benchmark].needs_retain and not c.retain_log and not question and not c.forget_data:
+    if BENCHMARKS[c.benchmark].needs_retain and not (c.retain_model or c.retain_log or question or c.forget_data):
         raise Mistake("forget quality needs a model that never saw the forget set: give --retain_model=MODEL or "
                       "--retain_log=LOG (evaluate.py of a retain model writes one, examples.jsonl).")
     labels = configs.name_runs(names)
     places = {name: place(name, labels, given, len(names)) for name in names}
     c = dataclasses.replace(c, out=places[names[0]])
+    own = {name: against(name, c, given) for name in names}
+    for retain_model in {a.retain_model for a in own.values() if a.retain_model and not c.retain_log}:
+        models.check_name(retain_model, "retain_model")
     proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark in ("demo", "markov") else None)
     if question:
         return ask(question[0], names, c, proc)
-    if len(logs) < len(names):
-        bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, train=False, holdout=c.audits)
-        if c.audits and not bench.holdout and "privleak_h" not in bench.evals:
-            proc.say("No holdout set: the mia_ scores are left out.")
-        retain = retain_reference(c, proc, bench)
-    else:
-        retain = data.read_log(c.retain_log) if c.retain_log else None
-    rows, every = {}, {}
+    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, train=False, holdout=c.audits) if (
+        len(logs) < len(names) or c.retain_model and not c.retain_log) else None
+    if c.audits and bench and not bench.holdout and "privleak_h" not in bench.evals:
+        proc.say("No holdout set: the mia_ scores are left out.")
+    rows, every, stars = {}, {}, {}
     for name in names:
-        itself = bool(c.retain_model) and not c.retain_log and same(name, c.retain_model)
+        retain, other = retain_reference(own[name], proc, bench), c.retain_log or own[name].retain_model
+        itself = bool(other) and not c.retain_log and same(name, other)
         if name in logs:
             records = data.read_log(name)
         elif itself:
@@ -594,13 +602,12 @@ def main(argv):
         if proc.rank == 0:
             save_scores(places[name], scores, records)
         rows[labels[name]], every[labels[name]] = scores, records
-    proc.say(configs.samples(every) + "\n\n" + configs.table(rows, ARROWS))
-    if len(names) > 1 and proc.rank == 0:
-        path = os.path.join(given.get("out", "out"), "comparison.png")
-        trajectory(path, {}, rows, c)
-        proc.say(f"\n{path}")
-    if spread := configs.over_seeds(rows):
-        proc.say("\nmean and standard deviation over seeds\n\n" + configs.table(spread, ARROWS))
+        stars |= {f"retain model {os.path.basename(other)}": summarize(retain, None, c)} if retain else {}
+    path = os.path.join(given.get("out", "out"), "comparison") if len(names) > 1 and proc.rank == 0 else None
+    proc.say(configs.samples(every) + "\n\n" + configs.show_tables({"scores": rows}, ARROWS, path))
+    if path:
+        trajectory(f"{path}.png", {}, rows | stars, c)
+        proc.say(f"\n{path}.png, {path}.md, {path}.csv")
     models.cleanup()
 
 

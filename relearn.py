@@ -2,19 +2,24 @@
 
     python relearn.py out/demo                                   # fine-tune on 20 % of the forget set, score the other 80 %
     python relearn.py out/demo --attacks=relearn_random,relearn_shortest,int8,int4,nf4,fp4,paraphrase --seeds=0,1,2
+    python relearn.py out/simnpo_s0 out/npo_s0 out/npo_s1 --attacks=relearn_shortest,audits   # one table over runs, and over seeds
     python relearn.py out/books --steps=100 --eval_at=50,75,100 --fraction=1 --lr=1e-5 --batch_size=4   # MUSE's protocol
     python relearn.py org/model --benchmark=tofu --subset=forget05 --template=llama2 --model=org/target --retain_model=org/retain
 
-The retain model, which never saw any of it, is attacked the same way: what it learns is no memory coming back.
-A run directory brings its own settings; curves go to its relearn.json and relearn.png (or below --out).
+The retain model, which never saw any of it, is attacked the same way, once: what it learns is no memory coming back.
+Several runs are attacked alike, with the first one's settings (lr, template, ...), each against its own target and retain model.
+A run's rows go to its relearn.json, its table to relearn.md and .csv, its curves to relearn.png (or below --out); the table over
+several runs to out/relearn.md and .csv.
 """
 import dataclasses
+import functools
 import json
 import os
 import random
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import configs
 import data
@@ -45,8 +50,16 @@ class Config(unlearn.Config):
         yield not 0 < self.fraction <= 1, f"--fraction={self.fraction}: must be above 0 and at most 1."
         yield self.examples is not None and self.examples < 1, f"--examples={self.examples}: must be at least 1."
         yield not self.seeds, "--seeds=: name at least one."
+        yield self.eval_every == 0 and not self.eval_at, "--eval_every=0: an attack is scored; above 0, or --eval_at=STEP."
         yield self.benchmark == "markov", "--benchmark=markov: relearn.py has no attack on Markov chains."
         yield self.relearn_data and not os.path.isfile(self.relearn_data), f"--relearn_data={self.relearn_data}: no such file."
+
+
+# an attack fine-tunes on the plain answers, from the model as it is: what it would ignore is refused, with what to write instead
+FIXED = {"forget_loss": "nll", "retain_loss": "none", "forget_weight": 1.0, "audits": False, "resume": False, "save_every": 0.0}
+IGNORED = dict.fromkeys([*FIXED, "retain_weight", "beta", "gamma", "alpha", "beta1", "beta2", "steering_layer", "steering_scale",
+                         "task_vector_scale", "refusals", "alternates", "keep_epochs", "overwrite", "base_model"], "leave it out")
+IGNORED |= {"audits": "write --attacks=audits", "seed": "write --seeds=0,1,2"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -64,25 +77,34 @@ class Attacked:
     retain: list  # the retain model's records, or None
     before: list  # this model's own, before the attack; None for the control
     target: list  # those of the model it was unlearned from, or None
-    seed: int
+    seed: int = 0
 
     def score(self, scorer, tokenizer, seen=()):
         """The scores, those of the questions not in `seen`, and what share of what was forgotten is back."""
-        def unseen(records):
-            return [r for r in records or [] if r["set"] == "forget" and (r.get("question") or r.get("answer")) not in seen]
-
         scores, records = evaluate.evaluate(scorer, tokenizer, self.bench, self.c, self.proc, self.retain)
-        if seen and unseen(records):
-            others = evaluate.summarize(unseen(records), unseen(self.retain) or None, self.c)
-            scores |= {f"unseen_{k}": v for k, v in others.items()}
-        sides = [unseen(r) for r in (records, self.before, self.target)]
-        if all(sides):  # of the same questions, all three
-            scores["recovered"] = recovered(*(float(np.mean([np.exp(-r["nll"]) for r in side])) for side in sides))
+        others = unseen(records, seen) if seen else []
+        if others and others[0]["set"] == "forget":
+            scores |= {f"unseen_{k}": v for k, v in
+                       evaluate.summarize(others, unseen(self.retain, seen) or None, self.c).items()}
+        sides = [known(r, seen) for r in (records, self.before, self.target)]
+        if None not in sides:  # of the same questions, all three
+            scores["recovered"] = recovered(*sides)
         return scores
 
 
+def unseen(records, seen=()):
+    """The records that tell what is known of the forget set, but for the questions in `seen`. MUSE: its questions on it."""
+    return [r for r in records or [] if r["set"] in ("forget", "knowmem_f") and (r.get("question") or r.get("answer")) not in seen]
+
+
+def known(records, seen=()):
+    """How much of it is known: the mean probability of the forget answers (MUSE: ROUGE), or None."""
+    values = [float(np.exp(-r["nll"])) if r["set"] == "forget" else r["rougeL_f1"] for r in unseen(records, seen)]
+    return float(np.mean(values)) if values else None
+
+
 def recovered(attacked, unlearned, target):
-    """(attacked - unlearned) / (target - unlearned) of the forget answers' mean probability: 0 = stays forgotten, 1 = all is back.
+    """(attacked - unlearned) / (target - unlearned) of what is known: 0 = stays forgotten, 1 = all is back.
 
     None where so little had been forgotten (a difference below 0.05) that the share means nothing.
     """
@@ -117,9 +139,7 @@ def relearn(a, choose):
         return curve[-1]
 
     c = dataclasses.replace(a.c, seed=a.seed, out=os.path.join(a.c.out, "relearn", f"{a.label}_{choose}_{a.seed}"))
-    if a.proc.rank == 0:
-        os.makedirs(c.out, exist_ok=True)
-    a.proc.barrier()
+    os.makedirs(c.out, exist_ok=True)
     unlearn.train(c, a.proc, scorer, examples, on_score, title=f"relearn {a.label}")
     return curve
 
@@ -139,19 +159,19 @@ GRIDS = {"int8": torch.arange(-127, 128) / 127, "int4": torch.arange(-7, 8) / 7,
 
 @torch.no_grad()
 def round_weights(lm, name, block=64):
-    """Round the weights of every linear layer but the output head to the grid, each `block` of them scaled by its largest."""
+    """Round every matrix but embeddings and output head to the grid, each `block` of weights scaled by its largest."""
     grid = GRIDS[name].to(lm.device)
-    for layer in lm.modules():
-        if isinstance(layer, torch.nn.Linear) and layer is not lm.get_output_embeddings():
-            flat = layer.weight.flatten()
-            blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
-            scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
-            nearest = torch.bucketize(blocks / scale, (grid[1:] + grid[:-1]) / 2)
-            layer.weight.copy_((grid[nearest] * scale).flatten()[:len(flat)].view_as(layer.weight))
+    kept = {p for m in lm.modules() if isinstance(m, torch.nn.Embedding) or m is lm.get_output_embeddings() for p in m.parameters()}
+    for weight in (p for p in lm.parameters() if p.ndim > 1 and p not in kept):  # GPT-2's and fused experts' are no nn.Linear
+        flat = weight.flatten()
+        blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
+        scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
+        nearest = torch.bucketize(blocks / scale, (grid[1:] + grid[:-1]) / 2)
+        weight.copy_((grid[nearest] * scale).flatten()[:len(flat)].view_as(weight))
 
 
 def quantize(a, grid):
-    """Round the weights of all linear layers but the output head to a coarse grid (arXiv 2410.16454: forgetting may vanish)."""
+    """Round the weights to a coarse grid (arXiv 2410.16454: forgetting may vanish)."""
     scorer, tokenizer = evaluate.load(a.name, a.c, a.proc)
     round_weights(scorer.lm, grid)
     return [{"step": 0, "epoch": 0.0} | a.score(scorer, tokenizer)]
@@ -165,81 +185,120 @@ def paraphrase(a, _):
     return [{"step": 0, "epoch": 0.0} | a.score(*evaluate.load(a.name, a.c, a.proc))]
 
 
+def audit(a, _):
+    """No attack on the weights: what they still tell (memorization, and membership against the holdout set)."""
+    a = dataclasses.replace(a, c=dataclasses.replace(a.c, audits=True), retain=a.retain if a.before else None, before=None)
+    return [{"step": 0, "epoch": 0.0} | a.score(*evaluate.load(a.name, a.c, a.proc))]
+
+
 ATTACKS = {f"relearn_{name}": (relearn, name) for name in CHOOSE}
-ATTACKS |= {name: (quantize, name) for name in GRIDS} | {"paraphrase": (paraphrase, None)}
+ATTACKS |= {name: (quantize, name) for name in GRIDS} | {"paraphrase": (paraphrase, None), "audits": (audit, None)}
+
+
+def attack(a, name, seed, control=None):
+    """Rows of one attack on a model, or on its control."""
+    act, how = ATTACKS[name]
+    a = dataclasses.replace(a, seed=seed, **{"name": control, "label": "retain model", "before": None} if control else {})
+    return [{"attack": name, "model": a.label, "seed": seed} | row for row in act(a, how)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the report
 
 
-def report(place, label, curves, target, proc):
-    """The table (before unlearning, after, after each attack, retain model; mean and spread over seeds) and the picture."""
-    keys = [k for k in SHOWN if any(k in row for row in curves)]
+SHOWN = ("unseen_forget_prob", "unseen_forget_rouge", "forget_prob", "forget_rouge", "forget_quality", "model_utility",
+         "verbmem_f", "knowmem_f", "knowmem_r", "recovered", "mia_min_k", "extraction_strength", "privleak")
+ARROWS = evaluate.ARROWS | {"unseen_forget_prob": "↓", "unseen_forget_rouge": "↓", "recovered": "↓"}
+
+
+def report(a, curves):
+    """One model's table (before unlearning, after, after each attack, retain model; mean and spread over seeds) and picture."""
+    keys = [k for k in SHOWN if any(k in row for row in curves)][:8]  # as many as stay readable; relearn.json has all
+    stages = {"before unlearning": a.target, f"{a.label}, unlearned": a.before, "retain model": a.retain}
+    lines = {stage: evaluate.summarize(records, a.retain, a.c) for stage, records in stages.items() if records}
     groups = {}
     for row in curves:
         groups.setdefault((row["model"], row["attack"]), {}).setdefault(row["seed"], []).append(row)
-    lines = {"before unlearning": {k: target[k] for k in keys if k in target}}
     for (model, name), seeds in groups.items():
         for when, i in (("at the start of", 0), ("after", -1))[0 if name.startswith("relearn") else 1:]:
-            ends = [rows[i] for rows in seeds.values()]
-            lines[f"{model}, {when} {name}"] = {k: spread([r[k] for r in ends]) for k in keys
-                                                if all(r.get(k) is not None for r in ends)}
-    proc.say("\n" + configs.table(lines, evaluate.ARROWS | {"recovered": "↓", "unseen_forget_prob": "↓", "unseen_forget_rouge": "↓"}))
+            values = {k: [rows[i].get(k) for rows in seeds.values()] for k in keys}
+            lines[f"{model}, {when} {name}"] = {k: (float(np.mean(v)), float(np.std(v, ddof=1))) if len(v) > 1 else v[0]
+                                                for k, v in values.items() if None not in v}
+    tables = {"scores": {stage: {k: v.get(k) for k in keys} for stage, v in lines.items()}}
+    a.proc.say("\n" + configs.show_tables(tables, ARROWS, os.path.join(a.c.out, "relearn")))
     drawn = {f"{m}, {n}, seed {s}": rows for (m, n), seeds in groups.items() for s, rows in seeds.items() if len(rows) > 1}
     if drawn:
-        configs.picture(os.path.join(place, "relearn.png"), drawn, {}, "epoch", keys[0])
-    proc.say(f"\n{place}: relearn.json{', relearn.png' if drawn else ''}")
+        configs.picture(os.path.join(a.c.out, "relearn.png"), drawn, {}, "epoch", keys[0])
+    a.proc.say(f"\n{a.c.out}: relearn.json, relearn.md, relearn.csv{', relearn.png' if drawn else ''}")
 
 
-SHOWN = ("unseen_forget_prob", "unseen_forget_rouge", "forget_prob", "forget_rouge", "forget_quality", "model_utility",
-         "verbmem_f", "knowmem_f", "knowmem_r", "privleak", "recovered")
-
-
-def spread(values):
-    return (float(np.mean(values)), float(np.std(values, ddof=1))) if len(values) > 1 else values[0]
+def compare(path, runs, proc):
+    """Tables over runs {label: ({stage: records before any attack}, rows, which model's)}, the control among them."""
+    after, back, told = {}, {}, {}
+    for label, (stages, rows, model) in runs.items():
+        after[label] = {stage: value for stage, records in stages.items() if (value := known(records)) is not None}
+        for name in dict.fromkeys(r["attack"] for r in rows):
+            ends = list({r["seed"]: r for r in rows if (r["attack"], r["model"]) == (name, model)}.values())  # a seed's last row
+            mean = {k: float(np.mean(v)) for k in ends[0] if k not in ("attack", "model") and None not in (v := [
+                r.get(k) for r in ends])}
+            if name == "audits":
+                told[label] = {k: v for k, v in mean.items() if k.startswith(("mia_", "ex", "privleak"))}
+                continue
+            after[label][name] = mean.get("unseen_forget_prob", mean.get("forget_prob", mean.get("knowmem_f", 0) / 100))
+            if "recovered" in mean:
+                back.setdefault(label, {})[name] = mean["recovered"]
+    tables = {"what is known of the forget set (after relearning: of the rest of it)": after, "recovered": back, "audits": told}
+    arrows = dict.fromkeys(("before unlearning", "unlearned", *ATTACKS), "") | evaluate.ARROWS
+    proc.say("\n" + configs.show_tables({t: rows for t, rows in tables.items() if rows}, arrows, path))
+    proc.say(f"\n{path}.md, {path}.csv")
 
 
 def main(argv):
     _, given, names = configs.load(Config, argv, __doc__)
     if not names:
         raise Mistake("name at least one run directory or model: python relearn.py out/demo (--help says more).")
-    for name in names:
-        models.check_name(name, "model")
-    run = configs.read_json(os.path.join(names[0], "run.json"))
-    own = {k: run[k] for k in ("lr", "weight_decay", "adam_beta2", "grad_clip", "model") if k in run}
-    fixed = {"forget_loss": "nll", "retain_loss": "none", "forget_weight": 1.0, "audits": False, "resume": False}
-    for setting in ("model", "retain_model"):
-        if given.get(setting):
-            models.check_name(given[setting], setting)
-    c = configs.make(Config, own | evaluate.inherit(evaluate.Config, names, given) | given | fixed)
-    proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark == "demo" else None)
+    for word in argv:
+        if (key := word.removeprefix("--").partition("=")[0]) in IGNORED:
+            raise Mistake(f"{word}: attacks do not read {key}; {IGNORED[key]}.")
+    first = next(filter(None, (configs.read_json(os.path.join(name, "run.json")) for name in names)), {})
+    own = {k: first[k] for k in ("lr", "weight_decay", "adam_beta2", "grad_clip", "model") if k in first}
+    c = configs.make(Config, own | evaluate.inherit(evaluate.Config, names, given) | given | FIXED)
     labels = configs.name_runs(names)
-    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, split=c.split)
+    todo = {n: evaluate.against(n, dataclasses.replace(c, out=evaluate.place(n, labels, given, len(names))), given) for n in names}
+    for name, a in todo.items():
+        for setting, model in (("model", name), ("model", a.model), ("retain_model", a.retain_model)):
+            models.check_name(model or name, setting)
+    proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark == "demo" else None)
+    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, split=c.split, holdout="audits" in c.attacks)
     if not c.utility and "forget" in bench.evals:
         bench.evals = {"forget": bench.evals["forget"]}
-    if not c.retain_model and c.control:
+    if c.control and not all(a.retain_model for a in todo.values()):
         proc.say("No retain_model: there is no control, so what is relearned cannot be told from what is newly learned.")
     if "paraphrase" in c.attacks and not all("paraphrased_question" in r for r in bench.evals.get("forget", [{}])):
         raise Mistake("--attacks=paraphrase: the forget set has no column paraphrased_question.")
-    for name in names:
-        c = dataclasses.replace(c, out=evaluate.place(name, labels, given, len(names)))
-        retain = evaluate.retain_reference(c, proc, bench)
-        target = evaluate.reference(c, proc, c.model, bench) if c.model else None
-        attacked = [(name, labels[name], evaluate.reference(c, proc, name, bench))]
-        attacked += [(c.retain_model, "retain model", None)] if c.control and c.retain_model else []
-        curves = []
-        for attack in c.attacks:
-            act, how = ATTACKS[attack]
-            for seed in c.seeds if act is relearn else c.seeds[:1]:
-                for model, label, before in attacked:
-                    rows = act(Attacked(c, proc, model, label, bench, retain, before, target, seed), how)
-                    curves += [{"attack": attack, "model": label, "seed": seed} | row for row in rows]
+    if "audits" in c.attacks and not bench.holdout and "privleak_h" not in bench.evals:
+        proc.say("No holdout set: the mia_ scores are left out.")
+    references = dataclasses.replace(todo[names[0]], audits="audits" in c.attacks)
+    scored = functools.cache(lambda model: evaluate.reference(references, proc, model, bench) if model else None)
+    attacked = functools.cache(lambda retain_model, name, seed: attack(a, name, seed, retain_model))  # a control once, for all runs
+    jobs = [(name, seed) for name in c.attacks for seed in (c.seeds if ATTACKS[name][0] is relearn else c.seeds[:1])]
+    compared = {}
+    for run, c in todo.items():
+        retain = data.read_log(c.retain_log) if c.retain_log else scored(c.retain_model)
+        a = Attacked(c, proc, run, labels[run], bench, retain, scored(run), scored(c.model))
+        rows, control = [], c.control and c.retain_model
+        for name, seed in tqdm(jobs, desc=f"attacks on {a.label}", disable=proc.rank > 0 or None):
+            rows += attack(a, name, seed) + (attacked(control, name, seed) if control else [])
             if proc.rank == 0:  # what is done is kept, whatever becomes of the next attack
                 os.makedirs(c.out, exist_ok=True)
-                configs.write(os.path.join(c.out, "relearn.json"), json.dumps(curves, indent=1) + "\n")
+                configs.write(os.path.join(c.out, "relearn.json"), json.dumps(rows, indent=1) + "\n")
         if proc.rank == 0:
-            report(c.out, labels[name], curves, evaluate.summarize(target, retain, c) if target else {}, proc)
+            report(a, rows)
+        compared[a.label] = {"before unlearning": a.target, "unlearned": a.before}, rows, a.label
+        if control:
+            compared.setdefault(os.path.basename(os.path.normpath(control)), ({"unlearned": scored(control)}, rows, "retain model"))
+    if len(names) > 1 and proc.rank == 0:
+        compare(os.path.join(given.get("out", "out"), "relearn"), compared, proc)
     models.cleanup()
 
 

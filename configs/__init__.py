@@ -7,11 +7,13 @@ A config file is Python and is executed, in a namespace of its own: read one bef
 Every public name it assigns must be a field of the dataclass; a name that starts with `_` is the file's own.
 A mistake is one sentence on standard error and exit status 2.
 """
+import csv
 import dataclasses
 import difflib
 import hashlib
 import importlib.metadata
 import inspect
+import io
 import json
 import os
 import re
@@ -173,16 +175,40 @@ def make(cls, given):
         raise Mistake(str(e)) from None
 
 
-def table(rows, arrows):
-    """Text of a table. rows: {name: scores}; arrows: {score: where better is}, up unless said; '-' where a score does not apply."""
+def cells(rows, arrows):
+    """[[text]] of a table, its head first; '-' where a score does not apply. A wide one is turned: one line a score."""
     keys = list(dict.fromkeys(k for scores in rows.values() for k in scores))
-    head = [""] + [f"{k} {arrows.get(k, '↑')}" for k in keys]
-    body = [[name] + [number(scores.get(k)) for k in keys] for name, scores in rows.items()]
-    if len(keys) > 8:  # a wide table is turned: one line a score
-        head, *body = zip(head, *body)
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    lines = [["", *(f"{k} {arrows.get(k, '↑')}".rstrip() for k in keys)]]
+    lines += [[name, *(number(scores.get(k)) for k in keys)] for name, scores in rows.items()]
+    return list(zip(*lines)) if len(keys) > 8 else lines
+
+
+def table(rows, arrows):
+    """Text of a table. rows: {name: scores}; arrows: {score: where better is}, up unless said."""
+    lines = cells(rows, arrows)
+    widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
-                     for line in [head, *body])
+                     for line in lines)
+
+
+def show_tables(tables, arrows, path=None):
+    """Text of tables {title: rows} and of their means over seeds; to <path>.md too, and in full precision to <path>.csv."""
+    tables |= {f"{title}: mean and standard deviation over seeds": means for title, rows in tables.items()
+               if (means := over_seeds(rows))}
+    if path:
+        lines = [{"table": title, "name": name} | {  # a spread takes two columns
+            f"{k}{end}": x for k, v in scores.items() for x, end in zip(v if isinstance(v, tuple) else (v,), ("", "_std"))}
+            for title, rows in tables.items() for name, scores in rows.items()]
+        text = io.StringIO()
+        file = csv.DictWriter(text, dict.fromkeys(k for line in lines for k in line), lineterminator="\n")
+        file.writeheader()
+        file.writerows(lines)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        write(f"{path}.csv", text.getvalue())
+        grids = {title: ["| " + " | ".join(line) + " |" for line in cells(rows, arrows)] for title, rows in tables.items()}
+        write(f"{path}.md", "\n\n".join("\n".join([f"{title}\n", head, re.sub(r"[^|]+", "---", head), *body])
+                                        for title, (head, *body) in grids.items()) + "\n")
+    return "\n\n".join(f"{title}\n\n{table(rows, arrows)}" for title, rows in tables.items())
 
 
 def number(x):
@@ -309,7 +335,7 @@ def describe(c, proc):
                                     "processes": proc.world}
 
 
-RESULTS = ("config.json", "scores.json", "examples.jsonl", "table.txt", "trajectory.png", "relearn.json", "relearn.png")
+RESULTS = ("config.json", "scores.json", "examples.jsonl", "table.txt", "trajectory.png", "relearn.json", "relearn.png", "relearn.md", "relearn.csv")
 ANY_TIME = {"out", "overwrite", "resume", "wandb", "device", "micro_batch_tokens"}  # these do not change a result
 CHECKPOINTS = ("checkpoint", "checkpoint.new", "checkpoint.old")  # a kill between two renames leaves one of the others
 

@@ -1,4 +1,6 @@
 """Scores: pytest tests/test_evaluate.py. Metrics by hand, recorded logs of real models, and the same score any way it is run."""
+import csv
+import hashlib
 import json
 import math
 import shutil
@@ -10,7 +12,9 @@ import scipy.stats
 import torch
 import transformers
 from conftest import SHARED, flags, needs_shared, run_script
+from safetensors.torch import load_file, save_file
 
+import configs
 import data
 import evaluate
 import model as models
@@ -301,6 +305,48 @@ def test_without_a_holdout_the_membership_scores_are_left_out_and_training_never
     assert scores_of(tmp_path / "x").keys() == KEYS | {"exact_memorization", "extraction_strength"}
     unlearn.main(flags(mini, out=tmp_path / "run", eval_every=1, audits=True))
     assert scores_of(tmp_path / "run").keys() == KEYS
+
+
+def test_several_runs_give_text_markdown_csv_and_a_picture_with_every_retain_model_starred(mini, tmp_path, monkeypatch, capsys):
+    """Runs of two seeds with a retain model each: every forget quality is against the run's own; seeds become mean and spread."""
+    drawn = {}
+    monkeypatch.setattr(configs, "picture", lambda path, curves, points, x, y, f=configs.picture: (
+        drawn.update({path: (points, x, y)}), f(path, curves, points, x, y)))
+    other = tmp_path / "other"
+    shutil.copytree(mini / "retain", other)
+    weights = other / "model.safetensors"
+    save_file({k: v * 1.3 for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    own = {}
+    for name, retain in (("a_s0", mini / "retain"), ("a_s1", other)):
+        unlearn.main(flags(mini, out=tmp_path / name, retain_model=retain, seed=name[-1], steps=6, eval_every=2))
+        own[name] = scores_of(tmp_path / name)
+    capsys.readouterr()
+    evaluate.main([str(tmp_path / "a_s0"), str(tmp_path / "a_s1"), f"--out={tmp_path / 'out'}"])
+    said = capsys.readouterr().out
+    both = {name: scores_of(tmp_path / "out" / name) for name in own}
+    assert both["a_s1"] == pytest.approx(own["a_s1"], rel=1e-6) and both["a_s0"] == pytest.approx(own["a_s0"], rel=1e-6)
+    assert "mean and standard deviation over seeds" in said and "a (n=2)" in said
+    table = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
+    assert [r["name"] for r in table] == ["a_s0", "a_s1", "a (n=2)"]
+    for name, line in zip(own, table):
+        assert {k: float(v) for k, v in line.items() if k in KEYS} == both[name]  # in full precision
+    pair = [both[name]["forget_quality"] for name in own]
+    assert float(table[2]["forget_quality"]) == pytest.approx(np.mean(pair))
+    assert float(table[2]["forget_quality_std"]) == pytest.approx(np.std(pair, ddof=1)) and pair[0] != pair[1]
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert f"| forget_prob ↓ | {both['a_s0']['forget_prob']:.2e} | {both['a_s1']['forget_prob']:.2e} |" in text and "±" in text
+    points, x, y = drawn[str(tmp_path / "out" / "comparison.png")]
+    assert (x, y) == ("model_utility", "forget_quality") and (tmp_path / "out" / "comparison.png").stat().st_size > 5000
+    stars = {k: v["forget_quality"] for k, v in points.items() if "retain" in k}
+    assert stars == {"retain model retain": 1.0, "retain model other": 1.0} and points.keys() - stars.keys() == own.keys()
+
+
+def test_the_demos_holdout_set_is_told_to_no_model():
+    bench = data.load("demo", "authors")
+    told = json.dumps([bench.full, bench.retain_full, bench.forget, bench.retain, bench.evals])
+    assert len(bench.holdout) == 40 == len(bench.forget) and len({r["answer"] for r in bench.holdout}) == 40
+    assert not any(r["question"] in told or r["answer"] in told for r in bench.holdout)
+    assert hashlib.sha256(told.encode()).hexdigest()[:16] == "62a1a526095fd19a"  # the published scores of the demo are of these rows
 
 
 def test_ask_prints_the_answers_side_by_side(mini, capsys):

@@ -1,10 +1,16 @@
 """Attacks: pytest tests/test_relearn.py."""
+import csv
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import flags
+from safetensors.torch import load_file, save_file
 
+import evaluate
 import relearn
 import unlearn
 from configs import Mistake
@@ -117,7 +123,101 @@ def test_an_attack_can_follow_muses_step_protocol_with_adapters_only(run, tmp_pa
 
 @pytest.mark.parametrize("argv, sentence", [
     ([], "name at least one run directory"), (["out/none"], "no such directory"), (["{run}", "--attacks=best"], "any of relearn_random"),
-    (["{run}", "--fraction=0"], "above 0"), (["{run}", "--epochs=0.1"], "0 optimizer steps")])
+    (["{run}", "--fraction=0"], "above 0"), (["{run}", "--epochs=0.1"], "0 optimizer steps"),
+    (["{run}", "--eval_every=0"], "an attack is scored"), (["{run}", "--retain_model=out/none"], "no such directory"),
+    (["{run}", "--retain_loss=nll"], "--retain_loss=nll: attacks do not read retain_loss; leave it out"),
+    (["{run}", "--resume=True"], "do not read resume"), (["{run}", "--beta=1"], "do not read beta"),
+    (["{run}", "--audits=True"], "write --attacks=audits"), (["{run}", "--seed=3"], "write --seeds=0,1,2")])
 def test_a_mistaken_attack_is_one_sentence(run, argv, sentence):
     with pytest.raises(Mistake, match=sentence):
         relearn.main([a.format(run=run) for a in argv])
+
+
+def test_a_config_file_may_hold_the_settings_of_its_method(run, tmp_path):
+    (tmp_path / "mine.py").write_text('forget_loss = "npo"\nretain_loss = "kl"\nbeta = 0.5\nlr = 0.01\nepochs = 2\n')
+    relearn.main([str(run), str(tmp_path / "mine.py"), "--control=False", f"--out={tmp_path / 'x'}"])
+    assert [r["epoch"] for r in curves(tmp_path / "x")][0] == 0 and curves(tmp_path / "x")[-1]["step"] == 1
+
+
+@pytest.fixture(scope="module")
+def seeds(mini, tmp_path_factory):
+    """Runs npo_s0, npo_s1 and simnpo_s0; each seed has a target, which knows the forget set, and a retain model of its own."""
+    root = tmp_path_factory.mktemp("seeds")
+    for seed in (0, 1):
+        unlearn.main(flags(mini, forget_loss="nll", retain_loss="none", lr=1e-2, steps=30, seed=seed, out=root / f"target_s{seed}"))
+        shutil.copytree(mini / "retain", root / f"retain_s{seed}")
+    weights = root / "retain_s1" / "model.safetensors"
+    save_file({k: v * 1.1 for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    for name, loss in (("npo_s0", "npo"), ("npo_s1", "npo"), ("simnpo_s0", "simnpo")):
+        unlearn.main(flags(mini, model=root / f"target{name[-3:]}", retain_model=root / f"retain{name[-3:]}", forget_loss=loss,
+                           seed=name[-1], steps=6, eval_every=10, beta=1, out=root / name))
+    return root
+
+
+NAMES = ["npo_s0", "npo_s1", "simnpo_s0"]
+
+
+def test_each_of_several_runs_meets_its_own_target_and_retain_model_and_a_control_is_attacked_once(seeds, tmp_path, monkeypatch):
+    trained = []
+
+    def counted(c, *args, title=None, train=unlearn.train, **more):
+        trained.append(title)
+        return train(c, *args, title=title, **more)
+    monkeypatch.setattr(unlearn, "train", counted)
+    relearn.main([*(str(seeds / n) for n in NAMES), "--attacks=relearn_random,int4,audits", "--seeds=3,4",
+                  "--epochs=3", "--eval_every=3", "--batch_size=2", "--lr=0.01", f"--out={tmp_path}"])
+    assert trained.count("relearn retain model") == 2 * 2  # two retain models, two seeds; three runs
+    rows = {n: curves(tmp_path / n) for n in NAMES}
+    control = {n: [r for r in rows[n] if r["model"] == "retain model"] for n in NAMES}
+    assert control["npo_s0"] == control["simnpo_s0"] != control["npo_s1"] and control["npo_s0"]
+    known = {n: json.loads((seeds / n / "scores.json").read_text()) for n in NAMES}
+    for n in NAMES:
+        first = next(r for r in rows[n] if r["model"] == n)
+        assert first["forget_quality"] == pytest.approx(known[n]["forget_quality"], rel=1e-6)  # against its own retain model
+        assert {"attack", "seed", "step", "epoch", "forget_prob"} <= first.keys()
+    # the comparison: what it says follows from the rows
+    table = list(csv.DictReader((tmp_path / "relearn.csv").open()))
+    titles = list(dict.fromkeys(r["table"] for r in table))
+    lines = {(titles.index(r["table"]), r["name"]): r for r in table}
+    after, recovered, audits, after_seeds = range(4)
+    assert {name for i, name in lines if i == after} == {*NAMES, "retain_s0", "retain_s1"}
+    value = {}
+    for n in NAMES:
+        line = lines[after, n]
+        ends = [[r for r in rows[n] if (r["model"], r["attack"], r["seed"]) == (n, "relearn_random", s)][-1] for s in (3, 4)]
+        value[n] = np.mean([r["unseen_forget_prob"] for r in ends])
+        assert float(line["unlearned"]) == pytest.approx(known[n]["forget_prob"], rel=1e-6)
+        assert float(line["relearn_random"]) == pytest.approx(value[n])
+        assert float(line["int4"]) == next(r for r in rows[n] if r["model"] == n and r["attack"] == "int4")["forget_prob"]
+        target = json.loads((seeds / n / "log.jsonl").read_text().splitlines()[0])["forget_prob"]
+        assert float(line["before unlearning"]) == pytest.approx(target, rel=1e-6)
+        assert 0 <= float(lines[audits, n]["mia_min_k"]) <= 1 and "audits" not in line
+        assert target - known[n]["forget_prob"] > 0.05
+        assert float(lines[recovered, n]["int4"]) == pytest.approx(
+            (float(line["int4"]) - known[n]["forget_prob"]) / (target - known[n]["forget_prob"]), abs=1e-5)
+    both = lines[after_seeds, "npo (n=2)"]
+    assert float(both["relearn_random"]) == pytest.approx(np.mean([value["npo_s0"], value["npo_s1"]]))
+    assert float(both["relearn_random_std"]) == pytest.approx(np.std([value["npo_s0"], value["npo_s1"]], ddof=1))
+    text = (tmp_path / "relearn.md").read_text()
+    assert "| npo_s1 |" in text and "| npo (n=2) |" in text and "±" in text and len(text.split("|---|")) > 3
+    own = (tmp_path / "npo_s1" / "relearn.md").read_text()
+    assert all(f"| {line} |" in own for line in ("before unlearning", "npo_s1, unlearned", "retain model", "npo_s1, after int4"))
+
+
+def test_the_audit_of_an_attacked_run_is_evaluates_own(seeds, tmp_path):
+    run = str(seeds / "npo_s0")
+    relearn.main([run, "--attacks=audits", f"--out={tmp_path / 'a'}"])
+    evaluate.main([run, "--audits=True", f"--out={tmp_path / 'b'}"])
+    row = next(r for r in curves(tmp_path / "a") if r["model"] == "npo_s0")
+    there = json.loads((tmp_path / "b" / "scores.json").read_text())
+    keys = {k for k in there if k.startswith(("mia_", "privleak", "ex"))}
+    assert len(keys) == 9 and {k: row[k] for k in keys} == pytest.approx({k: there[k] for k in keys}, abs=1e-9)
+
+
+def test_gpt2s_matrices_are_rounded_too_but_embeddings_and_head_are_not():
+    torch.manual_seed(0)
+    lm = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=30, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    before = {k: v.clone() for k, v in lm.state_dict().items()}
+    relearn.round_weights(lm, "int4")
+    changed = {k for k, v in lm.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {f"transformer.h.0.{k}.weight" for k in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
