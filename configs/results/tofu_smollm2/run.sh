@@ -46,11 +46,7 @@ while read -r method rate; do
   for seed in $seeds; do unlearn $method $rate $seed < /dev/null; done
 done <<< "$chosen"
 names=$(while read -r method rate; do for seed in $seeds; do echo ${study}_${method}_${rate}_s$seed; done; done <<< "$chosen")
-for name in $names; do  # one rate for every attack, so that none is attacked harder
-  [ -f $name/relearn.json ] || $python relearn.py $name --attacks=relearn_random,relearn_shortest,int4 --lr=5e-5 --fraction=0.2 \
-    --epochs=10 --batch_size=4 --eval_at=10,20 --control=False < /dev/null
-done
-[ -f ${study}_ends/control/relearn.json ] || $python relearn.py ${study}_retain $common --model=None --control=False --lr=5e-5 \
-  --attacks=relearn_random,relearn_shortest,int4 --fraction=0.2 --epochs=10 --batch_size=4 --eval_at=10,20 --out=${study}_ends/control
-[ -d ${study}_audits ] || $python evaluate.py ${study}_target ${study}_retain $names $common --audits=True --out=${study}_audits
+# one rate for every attack, so that none is attacked harder; the retain model is attacked alike
+[ -f ${study}_attacks/relearn.md ] || $python relearn.py $names --attacks=relearn_random,relearn_shortest,int4,audits --lr=5e-5 \
+  --fraction=0.2 --epochs=10 --batch_size=4 --eval_at=10,20 --out=${study}_attacks
 $python $here/table.py collect $study && $python $here/table.py

@@ -28,20 +28,19 @@ def load(path, lines=False):
 
 
 def collect(study):
-    """A row a run, and one each for target and retain model: settings, scores, attacks, audits."""
+    """A row a run, and one each for target and retain model: settings, scores, attacks."""
     rows = []
     for name in (f"{study}_target", f"{study}_retain"):
         label = os.path.basename(name)
-        rows.append({"name": label, "end": label.rpartition("_")[2], "scores": load(f"{study}_ends/{label}/scores.json"),
-                     "audits": load(f"{study}_audits/{label}/scores.json"), "relearn": []})
-    rows[1]["relearn"] = load(f"{study}_ends/control/relearn.json")
+        rows.append({"name": label, "end": label.rpartition("_")[2], "scores": load(f"{study}_ends/{label}/scores.json"), "relearn": []})
     for path in sorted(glob.glob(f"{study}_*_s[0-9]/run.json")):
         run, name = load(path), os.path.dirname(path)
         if run.get("finished"):
+            attacked = load(f"{study}_attacks/{os.path.basename(name)}/relearn.json") or []
             rows.append({"name": os.path.basename(name)} | {k: run[k] for k in SETTINGS} | {
                 "method": METHODS[run["forget_loss"], run["retain_loss"]], "scores": load(f"{name}/scores.json"),
-                "audits": load(f"{study}_audits/{os.path.basename(name)}/scores.json"),
-                "relearn": load(f"{name}/relearn.json") or []})
+                "relearn": [r for r in attacked if r["model"] != "retain model"]})
+            rows[1]["relearn"] = [r for r in attacked if r["model"] == "retain model"] or rows[1]["relearn"]
     return rows
 
 
@@ -85,7 +84,7 @@ def tables(rows):
             lines.append([name, f"{lr:g}", str(len(group))] + [show([r["scores"].get(k) for r in group]) for k in COLUMNS])
     markdown(("", "lr", "seeds") + COLUMNS, lines)
     groups = {m: [r for r in runs if (r["method"], r["lr"]) == (m, best[m][0])] for m in best}
-    groups["retain model"], groups["target"] = [ends[1]], [ends[0]]
+    groups["retain model"] = [ends[1]]
     if any(r["relearn"] for g in groups.values() for r in g):
         print("\nAttacks on the chosen: forget probability before, after; of the questions that were not relearned")
         lines = []
@@ -97,12 +96,13 @@ def tables(rows):
                 key = "unseen_forget_prob" if attack != "int4" else "forget_prob"
                 first = [k[0][key] for k in kept] if attack != "int4" else [r["scores"]["forget_prob"] for r in group if kept]
                 line += [f"{show(first)} → {show([k[-1][key] for k in kept])}" if kept else "-",
-                         show([k[-1].get("recovered") for k in kept])] if method != "target" else ["-", "-"]
+                         show([k[-1].get("recovered") for k in kept])]
             lines.append(line)
         markdown(("", "random 20 %", "recovered", "shortest 20 %", "recovered", "int4", "recovered"), lines)
-    if any(r["audits"] for g in groups.values() for r in g):
-        print("\nAudits")
-        markdown(("",) + AUDITS, [[m] + [show([r["audits"].get(k) for r in g]) for k in AUDITS] for m, g in groups.items()])
+    told = {m: [a for r in g for a in r["relearn"] if a["attack"] == "audits"] for m, g in groups.items()}
+    if any(told.values()):
+        print("\nAudits (holdout: two authors that no model here has seen)")
+        markdown(("",) + AUDITS, [[m] + [show([a.get(k) for a in found]) for k in AUDITS] for m, found in told.items() if found])
 
 
 def pictures(rows):
