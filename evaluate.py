@@ -559,7 +559,7 @@ def against(name, c, given):
 def main(argv):
     question = [a.partition("=")[2] for a in argv if a.startswith("--ask=")]
     argv = [a for a in argv if not a.startswith("--ask=")]
-    _, given, names = configs.load(Config, argv, __doc__)
+    given, names = configs.parse(Config, argv, __doc__)  # a run directory may bring the rest
     if not names:
         raise Mistake("name at least one run directory, model or log: python evaluate.py out/demo (--help says more).")
     logs = [n for n in names if n.endswith((".json", ".jsonl"))]

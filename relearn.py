@@ -254,7 +254,7 @@ def compare(path, runs, proc):
 
 
 def main(argv):
-    _, given, names = configs.load(Config, argv, __doc__)
+    given, names = configs.parse(Config, argv, __doc__)  # a run directory may bring the rest
     if not names:
         raise Mistake("name at least one run directory or model: python relearn.py out/demo (--help says more).")
     for word in argv:

@@ -143,8 +143,8 @@ def show_help(cls, usage):
         print(f"    --{f.name + '=' + str(f.default):<34} {said.get(f.name, '')}{choices}".rstrip())
 
 
-def load(cls, argv, usage="", default=None):
-    """(config, the settings that were given, the other words). Later words win; a word ending in .py is a config file.
+def parse(cls, argv, usage="", default=None):
+    """(the settings that were given, the other words). Later words win; a word ending in .py is a config file.
 
     `default` is the config file read when none is named, unless --benchmark asks for something else than its own.
     """
@@ -165,6 +165,12 @@ def load(cls, argv, usage="", default=None):
     for path in files:
         given |= read(cls, path)
     given |= flags
+    return given, names
+
+
+def load(cls, argv, usage="", default=None):
+    """(config, the settings that were given, the other words)."""
+    given, names = parse(cls, argv, usage, default)
     return make(cls, given), given, names
 
 

@@ -221,3 +221,11 @@ def test_gpt2s_matrices_are_rounded_too_but_embeddings_and_head_are_not():
     relearn.round_weights(lm, "int4")
     changed = {k for k, v in lm.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {f"transformer.h.0.{k}.weight" for k in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+
+
+def test_settings_are_checked_together_with_those_a_run_brings(run, tmp_path):
+    """--subset alone is no mistake: that the benchmark is TOFU stands in run.json."""
+    relearn.main([str(run), "--subset=forget05", "--attacks=int8", "--control=False", f"--out={tmp_path}"])
+    assert [r["attack"] for r in curves(tmp_path)] == ["int8"]
+    with pytest.raises(Mistake, match="--subset=news: tofu has"):
+        relearn.main([str(run), "--subset=news"])
