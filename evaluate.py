@@ -6,7 +6,8 @@
     python evaluate.py org/model --benchmark=muse --subset=books    # MUSE has its retain model's AUC built in
     python evaluate.py LOG.json --retain_log=LOG.json               # recorded logs: ours, TOFU's, open-unlearning's
 
-A run directory, any Hugging Face model directory, a hub id (org/name@revision) or a log; several give one table.
+A run directory, any Hugging Face model directory, a hub id (org/name@revision) or a log; several give one table, on screen and in
+comparison.md, .csv and .png (in out/ or --out), each run against the retain model it was made with.
 Scores go to scores.json, what they were computed from to examples.jsonl: in the run directory, or in --out.
 """
 import dataclasses

@@ -32,7 +32,7 @@ from configs import Mistake
 @dataclasses.dataclass(frozen=True)
 class Config(unlearn.Config):
     # the attack
-    attacks: tuple[str, ...] = ("relearn_random",)  # any of the table ATTACKS below
+    attacks: tuple[str, ...] = ("relearn_random",)  # relearn_random, _shortest, _longest, int8, int4, nf4, fp4, paraphrase, audits
     fraction: float = 0.2  # relearn: how many of the forget examples are learned again
     examples: int | None = None  # relearn: how many, as a number
     relearn_data: str | None = None  # relearn: fine-tune on these rows instead (benign data)

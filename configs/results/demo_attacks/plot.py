@@ -36,7 +36,7 @@ def collect(out):
         run, scores = read(path.replace("scores.json", "run.json")), read(path)
         where = {k: scores[k] for k in ("step", "epoch") if k in scores}  # of a run that is taken before its end
         runs.append({"name": name} | {k: run[k] for k in SETTINGS} | where | short(scores))
-    for study in ("suite", "matched"):
+    for study in ("suite", "matched", "targets"):
         for path in sorted(glob.glob(f"{out}/{study}/*/relearn.json")):
             name = os.path.basename(os.path.dirname(path))
             for r in read(path):

@@ -39,4 +39,8 @@ suite=relearn_random,relearn_shortest,relearn_longest,int8,int4,nf4,fp4,paraphra
   --out=$out/suite || exit 1
 [ -f $out/matched/relearn.csv ] || $python relearn.py $out/{simnpo,npo_matched}_s[0-2] --attacks=relearn_random,relearn_shortest \
   --seeds=0,1,2 --out=$out/matched || exit 1
+for seed in 0 1 2; do  # what the targets, before unlearning, say when asked otherwise, and how well they betray their members
+  [ -f $out/targets/target_s$seed/relearn.json ] || $python relearn.py $out/target_s$seed --model=$out/target_s$seed \
+    --retain_model=$out/retain_s$seed --attacks=paraphrase,audits --control=False --out=$out/targets/target_s$seed || exit 1
+done
 $python $here/plot.py $out && cat $out/suite/relearn.md $out/matched/relearn.md
