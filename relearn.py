@@ -213,7 +213,7 @@ def main(argv):
         if given.get(setting):
             models.check_name(given[setting], setting)
     c = configs.make(Config, own | evaluate.inherit(evaluate.Config, names, given) | given | fixed)
-    proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark == "demo" else None)
+    proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark == "demo" else None, deterministic=c.deterministic)
     labels = configs.name_runs(names)
     bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, split=c.split)
     if not c.utility and "forget" in bench.evals:

@@ -119,7 +119,7 @@ def test_an_out_that_cannot_be_written_is_a_sentence(mini, tmp_path):
     folder = tmp_path / "theirs"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    with pytest.raises(Mistake, match="holds a model that no run of this project made"):
+    with pytest.raises(Mistake, match="holds config.json, and no run.json of a run of this project"):
         unlearn.main(flags(mini, out=folder))
 
 
