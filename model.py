@@ -328,9 +328,9 @@ def restore(c, scorer, optimizer, scheduler):
     damaged = None
     for name in configs.CHECKPOINTS:
         path = os.path.join(c.out, name, "state.pt")
-        if not os.path.isfile(path):
-            continue
         digest = os.path.join(c.out, name, "sha256")
+        if not os.path.isfile(path) or name == "checkpoint.new" and not os.path.isfile(digest):  # a kill cut this save off
+            continue
         if not os.path.isfile(digest) or open(digest).read() != configs.file_digest(path):
             damaged = damaged or path
             continue

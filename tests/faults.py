@@ -9,8 +9,12 @@ started again with --resume=True; models, scores, examples and logs must be thos
 `nonsense`: each case is scored to finite numbers or refused with a sentence of ours (Mistake, Failure); any other exception is
 one that a user would have seen as a traceback. A seed gives the same moments (as fractions of a run) and the same cases.
 """
+import contextlib
+import dataclasses
 import hashlib
+import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -21,13 +25,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from conftest import ROOT, rows_of, save_rows  # noqa: E402
 
 import configs  # noqa: E402
+import evaluate  # noqa: E402
 import model as models  # noqa: E402
+import relearn  # noqa: E402
 import torch  # noqa: E402
 import unlearn  # noqa: E402
 
@@ -82,7 +90,7 @@ class Launched:
     def check(self):
         codes = [p.exitcode for p in self.forked] or [self.agent.returncode]
         if any(codes):
-            raise SystemExit(f"a run ended with {codes}:\n{self.said.read_text()}")
+            raise RuntimeError(f"a run ended with {codes}: {self.said.read_text().strip().splitlines()[-1]}")
 
 
 def forked(place, said, argv, rank, processes, port):
@@ -200,14 +208,198 @@ def kill(kills=50, processes=1, torchrun=False, seed=0, say=print):
             n, at = n + 1, stage(place)
             stages[at] = stages.get(at, 0) + 1
             saved += any((place / "out" / name / "checkpoint").exists() for name in MODELS)
-            launch(place, processes, torchrun, resume=True)
-            got = result(place)
-            differ = [k for k in expected if got.get(k) != expected[k]]
+            try:
+                launch(place, processes, torchrun, resume=True)
+                got = result(place)
+                differ = [k for k in expected if got[k] != expected[k]]
+            except RuntimeError as e:
+                differ = [str(e)]
             identical += not differ
             say(f"{n:3}: killed {moment:.2f} s of {whole:.2f} after the first step, {at}: "
                 f"{'differs in ' + ', '.join(differ) if differ else 'identical'}", flush=True)
     return {"processes": processes, "torchrun": torchrun, "seed": seed, "kills": kills, "identical": identical,
             "killed while": stages, "with a checkpoint to go on from": saved, "ended before the kill, drawn again": missed}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# nonsense
+
+NASTY = (None, True, 0, -1, 7, 1e308, -1e308, 1e-320, float("nan"), float("inf"), 10 ** 400, "", " ", "None", "\ud800", "\0", "\u202e",
+         "\u2028", "naïve 日本 🙂", "</s>", "<s></s>", "word " * 600, "1" * 5000, [], [[]], {}, {"a": 1}, ["a", 3], [None], ["", "b"], ["x"] * 50,
+         [float("nan")], [1.0], "a\nb\rc", "{", "[INST]", "\ufeff")
+COLUMNS = ("question", "answer", "text", "ids", "raw", "prompt", "gt", "paraphrased_answer", "perturbed_answer", "alternate", "set", "index",
+           "nll", "paraphrased_nll", "perturbed_nll", "rougeL_recall", "rougeL_f1", "min_k", "n_tokens", "kl", "generated", "")
+
+
+def mutate(thing, rng):
+    """A JSON value with something wrong in it, somewhere."""
+    if isinstance(thing, dict) and thing and rng.random() < 0.9:
+        key, thing = rng.choice(list(thing)), dict(thing)
+        what = rng.randrange(6)
+        if what == 0:
+            del thing[key]
+        elif what == 1:
+            thing[rng.choice(COLUMNS)] = thing.pop(key)
+        elif what == 2:
+            thing[rng.choice(COLUMNS)] = rng.choice(NASTY)
+        else:
+            thing[key] = mutate(thing[key], rng)
+        return thing
+    if isinstance(thing, list) and thing and rng.random() < 0.8:
+        i, thing = rng.randrange(len(thing)), list(thing)
+        thing[i:i + 1] = rng.choice(([], [thing[i]] * 2, [mutate(thing[i], rng)], [mutate(thing[i], rng)], [mutate(thing[i], rng)]))
+        return thing
+    return rng.choice(NASTY)
+
+
+def spoil(raw, rng):
+    """The bytes of a file, damaged."""
+    i = rng.randrange(len(raw) + 1)
+    return rng.choice((lambda: raw[:i], lambda: raw[:i] + bytes([rng.randrange(256)]) + raw[i + 1:], lambda: b"", lambda: b"\n \n",
+                       lambda: b"\xef\xbb\xbf" + raw, lambda: raw.decode("utf8").encode("utf-16"), lambda: raw[:i] + b"\0" + raw[i:],
+                       lambda: b"[" * 100_000, lambda: raw[:i] + b'{"a":' * 30_000, lambda: raw.replace(b"\n", b"\r\n"),
+                       lambda: raw.replace(b'"', b"'"), lambda: raw + raw[:i]))()
+
+
+def put(path, thing, rng):
+    """Write rows as some file that holds them, most of the time with something wrong."""
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 5))):
+        thing = mutate(thing, rng)
+    lines = path.suffix == ".jsonl" and isinstance(thing, list)
+    raw = ("\n".join(json.dumps(r) for r in thing) if lines else json.dumps(thing, indent=rng.choice((None, 1)))).encode()
+    path.write_bytes(spoil(raw, rng) if rng.random() < 0.25 else raw)
+    return path
+
+
+class Bench:
+    """A tiny model, good data of every kind, and one function a kind of nonsense: rng -> scores (or None), or an exception."""
+
+    def __init__(self, place):
+        self.place, self.proc, rng = place, models.Process(0, 1, torch.device("cpu")), random.Random(0)
+        data(place)
+        self.tokenizer = unlearn.data.demo_tokenizer()
+        lm = models.tiny_llama(self.tokenizer, self.proc, 0, hidden=16, layers=1, heads=1)
+        models.save_model(lm, self.tokenizer, str(place / "model"))
+        models.save_model(models.tiny_llama(self.tokenizer, self.proc, 1, hidden=16, layers=1, heads=1), self.tokenizer, str(place / "retain"))
+        self.scorer = models.Scorer(lm)
+        self.config = configs.make(evaluate.Config, {"benchmark": "tofu", "subset": "forget05", "template": "qa", "max_new_tokens": 2})
+        self.rows = rows_of(4, rng, 2, True)
+        bench = unlearn.data.load("tofu", "forget05", str(place / "data"))
+        self.records = evaluate.evaluate(self.scorer, self.tokenizer, bench, self.config, self.proc)[1]
+        story = " ".join(r["question"] + " " + r["answer"] for r in self.rows)
+        qa, texts = [{k: r[k] for k in ("question", "answer")} for r in self.rows[:2]], [story, story[9:]]
+        self.muse = {"raw/forget": [story], "raw/retain1": [story], "privleak/forget": texts, "privleak/holdout": texts,
+                     "verbmem/forget": [{"prompt": story, "gt": "amber boat"}], "knowmem/forget_qa": qa, "knowmem/retain_qa": qa,
+                     "knowmem/forget_qa_icl": qa, "knowmem/retain_qa_icl": qa}
+
+    def score(self, bench, **more):
+        return evaluate.evaluate(self.scorer, self.tokenizer, bench, dataclasses.replace(self.config, **more), self.proc)[0]
+
+    def own_rows(self, rng):
+        """Rows to unlearn, and alternates for them."""
+        path = put(self.place / f"own{rng.choice(('.jsonl', '.json', '.txt', ''))}", rng.choice((self.rows, [r["question"] for r in self.rows])), rng)
+        bench = unlearn.data.load("tofu", "forget05", None, str(path), str(path) if rng.random() < 0.5 else None)
+        method = rng.choice(("nll", "idk", "altpo"))
+        given = dict(benchmark="tofu", template="qa", forget_loss=method, max_length=rng.choice((2, 20, 500)))
+        if method == "altpo":
+            given["alternates"] = str(put(self.place / "alternates.jsonl", [{"question": r["question"], "alternate": "No."} for r in self.rows], rng))
+        c = configs.make(unlearn.Config, given)
+        unlearn.encode_sets(c, self.tokenizer, self.proc, forget=bench.forget, retain=bench.retain)
+        return self.score(bench, max_length=c.max_length)
+
+    def tofu_data(self, rng):
+        folder = self.place / "tofu"
+        shutil.copytree(self.place / "data", folder)
+        path = rng.choice(sorted(folder.iterdir()))
+        put(path, [json.loads(line) for line in path.read_text().splitlines()][:3], rng)
+        return self.score(unlearn.data.load("tofu", "forget05", str(folder)), eval_rows=3)
+
+    def muse_data(self, rng):
+        folder, spoiled = self.place / "muse", rng.choice(sorted(self.muse))
+        for name, rows in self.muse.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            put(folder / f"{name}.json", rows, rng if name == spoiled else random.Random(3))
+        return self.score(unlearn.data.load("muse", "books", str(folder)), benchmark="muse", subset="books", eval_rows=1)
+
+    def logs(self, rng):
+        """Recorded evaluations: ours as lines or an array, TOFU's and open-unlearning's."""
+        kinds = (self.records, {"eval_log_forget.json": {k: {str(i): v for i in range(3)} for k, v in dict(
+            avg_gt_loss=1.5, average_perturb_loss=[1.0, 2.0], avg_paraphrased_loss=1.2, rougeL_recall=0.5, num_token_gt=4,
+            generated_text=["q", "a", "b"]).items()}},
+            {f"forget_Q_A_{k}": {"value_by_index": {"0": v}} for k, v in dict(
+                Prob={"avg_loss": 1.0}, PARA_Prob={"avg_loss": 1.0}, PERT_Prob={"avg_loss": [2.0]}, ROUGE={"rougeL_recall": 1.0, "generation": "a"}).items()})
+        log, retain = rng.choice(kinds), rng.choice(kinds)
+        read = [unlearn.data.read_log(str(put(self.place / f"{n}{rng.choice(('.json', '.jsonl'))}", x, rng))) for n, x in (("log", log), ("kept", retain))]
+        benchmark = rng.choice(("tofu", "tofu", "tofu", "muse", "markov"))
+        return evaluate.summarize(read[0], read[1], configs.make(evaluate.Config, {"benchmark": benchmark}))
+
+    def settings(self, rng):
+        """Settings on the command line; what is accepted is run, two steps of it."""
+        script = rng.choice((unlearn, unlearn, evaluate, relearn))
+        names = [n for n in configs.fields(script.Config) if n not in ("steps", "epochs", "compile", "benchmark", "base_model", "device", "examples")]
+        values = (*map(str, NASTY), "1,2", "(3,)", "qa", "nll", "none", "npo", "-0.0", "0.5", "2", "True", "False", "1e30", "-3", "/proc/none/x", ".", "("
+                  "", str(self.place / "data" / "full.jsonl"), str(2 ** 64), "9" * 30)
+        flags = [f"--{rng.choice(names) if rng.random() < 0.95 else 'nonsense'}={rng.choice(values)}" for _ in range(rng.choice((1, 1, 2, 3)))]
+        base = [f"--{k}={v}" for k, v in dict(benchmark="tofu", subset="forget05", data=self.place / "data", template="qa", eval_rows=2,
+                                              device="cpu", retain_model=self.place / "retain", max_new_tokens=2).items()]
+        if script is not unlearn:
+            return configs.load(script.Config, base + flags) and None
+        base += [f"--{k}={v}" for k, v in dict(model=self.place / "model", out="out/run", batch_size=4, steps=2).items()]
+        unlearn.main([*base, *flags])
+        run = next(Path("out").glob("*/run.json"), None)
+        scores = run and run.parent / "scores.json"
+        return json.loads(scores.read_text()) if scores and scores.exists() else None
+
+    def config_file(self, rng):
+        path = self.place / "mine.py"
+        lines = ["lr = 1e-5", "steps = 3", "eval_at = (1, 2)", "_x = 4", "forget_loss = 'npo'", "import math", "lr = 1 / 0", "def f(): pass",
+                 "forget_weight = 10 ** 400", "raise SystemExit", "out = None", "beta = [1]", "from configs.demo import *", "x = ("]
+        raw = "\n".join(rng.sample(lines, rng.randrange(1, 6))).encode()
+        path.write_bytes(spoil(raw, rng) if rng.random() < 0.5 else raw)
+        return configs.load(unlearn.Config, [str(path)]) and None
+
+    def run_json(self, rng):
+        """A run directory whose settings were damaged, scored."""
+        run = dataclasses.asdict(configs.make(unlearn.Config, {"template": "qa"})) | {"finished": True}
+        put(self.place / "model" / "run.json", run, rng)
+        models.load_model(str(self.place / "model"), self.proc)
+        return configs.make(evaluate.Config, evaluate.inherit(evaluate.Config, [str(self.place / "model")], {})) and None
+
+
+def nonsense(cases=2000, seed=0, say=print):
+    """{cases, accepted, refused, tracebacks}: the last is a list of (case, what happened), and has to be empty."""
+    counts, refused, tracebacks, here = {}, {}, [], os.getcwd()
+    with tempfile.TemporaryDirectory() as root, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("error", RuntimeWarning)  # NumPy's, which a user would see
+        bench = Bench(Path(root))
+        kinds = [bench.own_rows, bench.own_rows, bench.tofu_data, bench.muse_data, bench.logs, bench.logs, bench.settings,
+                 bench.settings, bench.config_file, bench.run_json]
+        os.chdir(root)
+        try:
+            for i in range(cases):
+                rng = random.Random(f"{seed} {i}")
+                kind = rng.choice(kinds)
+                try:
+                    scores = kind(rng)
+                    if scores and not all(isinstance(v, float) and math.isfinite(v) for v in scores.values()):
+                        raise ValueError(f"scores that are not finite: {scores}")
+                    counts[kind.__name__] = counts.get(kind.__name__, 0) + 1
+                except (configs.Mistake, configs.Failure) as e:
+                    refused[kind.__name__] = refused.get(kind.__name__, 0) + 1
+                    if not str(e).strip() or len(str(e)) > 1500:
+                        tracebacks.append((i, kind.__name__, f"no sentence: {str(e)[:300]}"))
+                except Exception as e:
+                    where = traceback.extract_tb(e.__traceback__)
+                    where = [f for f in where if Path(f.filename).parent == ROOT or "configs" in f.filename] or where
+                    tracebacks.append((i, kind.__name__, f"{type(e).__name__}: {str(e)[:200]} ({Path(where[-1].filename).name}:{where[-1].lineno})"))
+                for name in ("tofu", "muse", "out", "model/run.json"):
+                    path = Path(name)
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        finally:
+            os.chdir(here)
+    for case in tracebacks:
+        say(*case)
+    return {"cases": cases, "seed": seed, "accepted": counts, "refused": refused, "tracebacks": len(tracebacks)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
