@@ -265,8 +265,9 @@ def read_alternates(path=None, refusals=None):
 
 TOFU_LOG = {"eval_log_forget.json": "forget", "eval_log.json": "retain", "eval_real_author_wo_options.json": "real_authors",
             "eval_real_world_wo_options.json": "world_facts"}
-TEXTS = ("set", "question", "answer", "generated", "prompt")  # of a record; all else is a finite number, or a list of them
-LEAST = {"nll": -1e-3, "paraphrased_nll": -1e-3, "perturbed_nll": -1e-3, "rougeL_recall": 0, "rougeL_f1": 0, "n_tokens": 1}
+TEXTS = ("set", "question", "answer", "generated")  # of a record; of the numbers, the least that each can be
+LEAST = {"nll": -1e-3, "paraphrased_nll": -1e-3, "perturbed_nll": -1e-3, "rougeL_recall": 0, "rougeL_f1": 0, "n_tokens": 1} | dict.fromkeys(
+    ("index", "min_k", "kl", "loss", "zlib", "min_k_pp", "gradnorm", "exact_memorization", "extraction_strength"), -1e12)
 OPEN_UNLEARNING_LOG = {"forget": "forget", "retain": "retain", "ra": "real_authors", "wf": "world_facts"}
 
 
@@ -285,8 +286,8 @@ def read_log(path):
             raise ValueError("its rows are no scored examples")
         for i, k, v in ((i, k, v) for i, r in enumerate(records, 1) for k, v in r.items()):
             numbers = v if k == "perturbed_nll" else [v]
-            if k in TEXTS and not (isinstance(v, str) or v is None and k != "set") or k not in TEXTS and not (
-                    numbers and all(type(n) in (int, float) and LEAST.get(k, -1e12) <= n < 1e12 for n in numbers)):
+            if k in TEXTS and not (isinstance(v, str) or v is None and k != "set") or k in LEAST and not (
+                    numbers and all(type(n) in (int, float) and LEAST[k] <= n < 1e12 for n in numbers)):
                 raise ValueError(f"row {i}: {k} cannot be {v!r:.60}")
         return records
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:

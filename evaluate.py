@@ -546,7 +546,7 @@ def inherit(cls, names, given):
     runs = {n: run for n in names if os.path.isdir(n) and (run := configs.read_json(os.path.join(n, "run.json")))}
     for key in ("benchmark", "template", "system_prompt", "max_length"):
         values = {n: run.get(key) for n, run in runs.items()}
-        if len(set(values.values())) > 1 and key not in given:
+        if len(set(map(str, values.values()))) > 1 and key not in given:
             raise Mistake(f"{', '.join(f'{n}: {key} {v}' for n, v in values.items())}; give --{key}= to score all alike.")
     first = next(iter(runs.values()), {})
     return {k: v for k, v in first.items() if k in configs.fields(cls) and k not in NOT_INHERITED} | given

@@ -44,7 +44,7 @@ class Config(unlearn.Config):
         yield wrong or not self.attacks, f"--attacks={','.join(self.attacks)}: any of {', '.join(ATTACKS)}."
         yield not 0 < self.fraction <= 1, f"--fraction={self.fraction}: must be above 0 and at most 1."
         yield self.examples is not None and self.examples < 1, f"--examples={self.examples}: must be at least 1."
-        yield not self.seeds, "--seeds=: name at least one."
+        yield min(self.seeds, default=-1) < 0, f"--seeds={','.join(map(str, self.seeds))}: at least one, none below 0."
         yield self.benchmark == "markov", "--benchmark=markov: relearn.py has no attack on Markov chains."
         yield self.relearn_data and not os.path.isfile(self.relearn_data), f"--relearn_data={self.relearn_data}: no such file."
 

@@ -110,7 +110,7 @@ def read(cls, path):
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # `from configs.x import *`
     try:
         names = runpy.run_path(path)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise Mistake(f"{path}: cannot be read as a config: {type(e).__name__}: {e}.") from None
     finally:
         sys.path.pop(0)
@@ -350,8 +350,7 @@ def claim(c, proc):
     """Is `out` free for this run? True if the very same run is finished there; a Mistake if another one is."""
     there = read_json(os.path.join(c.out, "run.json"))
     proc.barrier()  # everyone has looked before anyone writes
-    foreign = [] if there else results(c.out)
-    if foreign:
+    if not there and (foreign := results(c.out)):
         raise Mistake(f"--out={c.out}: holds {foreign[0]}, and no run.json of a run of this project; give a directory of its own.")
     writable(c.out)
     if not there or c.overwrite:

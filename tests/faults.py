@@ -231,9 +231,9 @@ COLUMNS = ("question", "answer", "text", "ids", "raw", "prompt", "gt", "paraphra
            "nll", "paraphrased_nll", "perturbed_nll", "rougeL_recall", "rougeL_f1", "min_k", "n_tokens", "kl", "generated", "")
 
 
-def mutate(thing, rng):
-    """A JSON value with something wrong in it, somewhere."""
-    if isinstance(thing, dict) and thing and rng.random() < 0.9:
+def mutate(thing, rng, depth=0):
+    """A JSON value with something wrong in it, somewhere; the deeper, the likelier."""
+    if isinstance(thing, dict) and thing and rng.random() < 1 - 0.05 * depth:
         key, thing = rng.choice(list(thing)), dict(thing)
         what = rng.randrange(6)
         if what == 0:
@@ -243,11 +243,11 @@ def mutate(thing, rng):
         elif what == 2:
             thing[rng.choice(COLUMNS)] = rng.choice(NASTY)
         else:
-            thing[key] = mutate(thing[key], rng)
+            thing[key] = mutate(thing[key], rng, depth + 1)
         return thing
-    if isinstance(thing, list) and thing and rng.random() < 0.8:
+    if isinstance(thing, list) and thing and rng.random() < 0.97 - 0.1 * depth:
         i, thing = rng.randrange(len(thing)), list(thing)
-        thing[i:i + 1] = rng.choice(([], [thing[i]] * 2, [mutate(thing[i], rng)], [mutate(thing[i], rng)], [mutate(thing[i], rng)]))
+        thing[i:i + 1] = rng.choice(([], [thing[i]] * 2, *[[mutate(thing[i], rng, depth + 1)]] * 3))
         return thing
     return rng.choice(NASTY)
 
@@ -263,11 +263,11 @@ def spoil(raw, rng):
 
 def put(path, thing, rng):
     """Write rows as some file that holds them, most of the time with something wrong."""
-    for _ in range(rng.choice((0, 1, 1, 1, 2, 5))):
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 5)) if rng else 0):
         thing = mutate(thing, rng)
     lines = path.suffix == ".jsonl" and isinstance(thing, list)
-    raw = ("\n".join(json.dumps(r) for r in thing) if lines else json.dumps(thing, indent=rng.choice((None, 1)))).encode()
-    path.write_bytes(spoil(raw, rng) if rng.random() < 0.25 else raw)
+    raw = ("\n".join(json.dumps(r) for r in thing) if lines else json.dumps(thing, indent=rng and rng.choice((None, 1)))).encode()
+    path.write_bytes(spoil(raw, rng) if rng and rng.random() < 0.15 else raw)
     return path
 
 
@@ -318,7 +318,7 @@ class Bench:
         folder, spoiled = self.place / "muse", rng.choice(sorted(self.muse))
         for name, rows in self.muse.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            put(folder / f"{name}.json", rows, rng if name == spoiled else random.Random(3))
+            put(folder / f"{name}.json", rows, rng if name == spoiled else None)
         return self.score(unlearn.data.load("muse", "books", str(folder)), benchmark="muse", subset="books", eval_rows=1)
 
     def logs(self, rng):
@@ -328,8 +328,10 @@ class Bench:
             generated_text=["q", "a", "b"]).items()}},
             {f"forget_Q_A_{k}": {"value_by_index": {"0": v}} for k, v in dict(
                 Prob={"avg_loss": 1.0}, PARA_Prob={"avg_loss": 1.0}, PERT_Prob={"avg_loss": [2.0]}, ROUGE={"rougeL_recall": 1.0, "generation": "a"}).items()})
-        log, retain = rng.choice(kinds), rng.choice(kinds)
-        read = [unlearn.data.read_log(str(put(self.place / f"{n}{rng.choice(('.json', '.jsonl'))}", x, rng))) for n, x in (("log", log), ("kept", retain))]
+        log = rng.choice(kinds)
+        retain = rng.choice((log, log, *kinds))
+        read = [unlearn.data.read_log(str(put(self.place / f"{n}{rng.choice(('.json', '.jsonl'))}", x, r)))
+                for n, x, r in (("log", log, rng), ("kept", retain, rng.choice((rng, None))))]
         benchmark = rng.choice(("tofu", "tofu", "tofu", "muse", "markov"))
         return evaluate.summarize(read[0], read[1], configs.make(evaluate.Config, {"benchmark": benchmark}))
 
@@ -339,7 +341,14 @@ class Bench:
         names = [n for n in configs.fields(script.Config) if n not in ("steps", "epochs", "compile", "benchmark", "base_model", "device", "examples")]
         values = (*map(str, NASTY), "1,2", "(3,)", "qa", "nll", "none", "npo", "-0.0", "0.5", "2", "True", "False", "1e30", "-3", "/proc/none/x", ".", "("
                   "", str(self.place / "data" / "full.jsonl"), str(2 ** 64), "9" * 30)
-        flags = [f"--{rng.choice(names) if rng.random() < 0.95 else 'nonsense'}={rng.choice(values)}" for _ in range(rng.choice((1, 1, 2, 3)))]
+        fitting = {"int": ("1", "2", "7", "0"), "float": ("0.5", "1e-3", "2", "1e30", "-1", "1e-320"), "bool": ("True", "False"),
+                   "a fi": ("0.5", "1e-3", "2", "1e30", "-1", "1e-320"), "a co": ("1", "1,2", "(2,)")}
+        flags = []
+        for name in rng.sample(names, rng.choice((1, 1, 2, 3))):
+            kind = configs.spell(configs.fields(script.Config)[name])[:4].split(" or")[0]
+            flags.append(f"--{name}={rng.choice(fitting.get(kind, values) if rng.random() < 0.6 else values)}")
+        if rng.random() < 0.03:
+            flags.append("--nonsense=1")
         base = [f"--{k}={v}" for k, v in dict(benchmark="tofu", subset="forget05", data=self.place / "data", template="qa", eval_rows=2,
                                               device="cpu", retain_model=self.place / "retain", max_new_tokens=2).items()]
         if script is not unlearn:
@@ -370,6 +379,7 @@ def nonsense(cases=2000, seed=0, say=print):
     """{cases, accepted, refused, tracebacks}: the last is a list of (case, what happened), and has to be empty."""
     counts, refused, tracebacks, here = {}, {}, [], os.getcwd()
     with tempfile.TemporaryDirectory() as root, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("error", RuntimeWarning)  # NumPy's, which a user would see
         bench = Bench(Path(root))
         kinds = [bench.own_rows, bench.own_rows, bench.tofu_data, bench.muse_data, bench.logs, bench.logs, bench.settings,
@@ -386,9 +396,9 @@ def nonsense(cases=2000, seed=0, say=print):
                     counts[kind.__name__] = counts.get(kind.__name__, 0) + 1
                 except (configs.Mistake, configs.Failure) as e:
                     refused[kind.__name__] = refused.get(kind.__name__, 0) + 1
-                    if not str(e).strip() or len(str(e)) > 1500:
+                    if not str(e).strip() or "Error" in str(e)[:30]:
                         tracebacks.append((i, kind.__name__, f"no sentence: {str(e)[:300]}"))
-                except Exception as e:
+                except (Exception, SystemExit) as e:
                     where = traceback.extract_tb(e.__traceback__)
                     where = [f for f in where if Path(f.filename).parent == ROOT or "configs" in f.filename] or where
                     tracebacks.append((i, kind.__name__, f"{type(e).__name__}: {str(e)[:200]} ({Path(where[-1].filename).name}:{where[-1].lineno})"))
