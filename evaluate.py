@@ -609,8 +609,7 @@ def main(argv):
 
 def place(name, labels, given, several):
     """The directory that a model's scores go to: its own run directory, else out/<label>; below --out where that is given."""
-    own = os.path.isfile(os.path.join(name, "run.json"))
-    out = os.path.normpath(name) if own else os.path.join("out", labels[name])
+    out = os.path.normpath(name) if os.path.isfile(os.path.join(name, "run.json")) else os.path.join("out", labels[name])
     if given.get("out"):
         out = os.path.join(given["out"], labels[name]) if several > 1 else given["out"]
     if os.path.isfile(os.path.join(out, "run.json")) and os.path.realpath(out) != os.path.realpath(name):

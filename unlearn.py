@@ -257,8 +257,8 @@ def due(step, steps, every, at, per_epoch):
     """Is something that happens every `every` epochs due after this step? Always after the last one, if at all."""
     if at:
         return step in at or step == steps
-    crossed = every and math.floor(step / per_epoch / every + 1e-9) > math.floor((step - 1) / per_epoch / every + 1e-9)
-    return bool(every) and (bool(crossed) or step == steps)
+    size = every * per_epoch  # in steps; up to 1: each step
+    return every > 0 and (size <= 1 or step == steps or math.floor(step / size + 1e-9) > math.floor((step - 1) / size + 1e-9))
 
 
 def optimizer_of(model, c):

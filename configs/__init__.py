@@ -356,7 +356,8 @@ def claim(c, proc):
     if not there or c.overwrite:
         return False
     mine = json.loads(json.dumps(dataclasses.asdict(c)))
-    differ = [f"{k} {there.get(k)} there, {v} here" for k, v in mine.items() if k not in ANY_TIME and there.get(k) != v]
+    there = {k: getattr(type(c), k) for k in mine} | there  # a setting that is younger than the run had its default
+    differ = [f"{k} {there[k]} there, {v} here" for k, v in mine.items() if k not in ANY_TIME and there[k] != v]
     if differ:
         raise Mistake(f"{c.out} holds a run of other settings ({'; '.join(differ)}); give another --out, or "
                       "--overwrite=True to replace it.")
