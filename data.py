@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import re
 from typing import NamedTuple
 
 from configs import Mistake
@@ -39,12 +40,7 @@ def read_rows(path, whole=False):
 
     A .txt file holds one row of text a line; whole: it is one text.
     """
-    try:
-        text = open(path, encoding="utf8").read()
-    except UnicodeDecodeError as e:
-        raise Mistake(f"{path}: not UTF-8 at byte {e.start}; save the file as UTF-8.") from None
-    except OSError as e:
-        raise Mistake(f"{path}: cannot be read ({e.strerror}).") from None
+    text = read_text(path)
     if path.endswith(".txt"):
         rows = [part for part in ([text] if whole else text.split("\n")) if part.strip()]
     elif path.endswith(".json") and text.lstrip().startswith("["):
@@ -56,26 +52,46 @@ def read_rows(path, whole=False):
     return [{"text": r} if isinstance(r, str) else r for r in rows]
 
 
+def read_text(path):
+    """A file's text, without the mark that Windows puts before it."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return f.read()
+    except UnicodeDecodeError as e:
+        raise Mistake(f"{path}: not UTF-8 at byte {e.start}; save the file as UTF-8.") from None
+    except OSError as e:
+        raise Mistake(f"{path}: cannot be read ({e.strerror}).") from None
+
+
 def parse(text, where):
     try:
         return json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise Mistake(f"{where}: not valid JSON ({e}).") from None
 
 
+OPTIONAL = ("paraphrased_question", "paraphrased_answer", "perturbed_answer", "alternate")
+
+
 def check_rows(rows, where, columns):
-    """Each row is a dict whose `columns` are non-empty strings (perturbed_answer: a non-empty list of them)."""
+    """The rows, with the wanted columns and the optional ones they have, all of them text (perturbed_answer: a list of texts).
+
+    Other columns are dropped: whatever a file calls `ids` or `raw` must not pass for what is made here.
+    """
+    kept = []
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise Mistake(f"{where}, row {i}: must be an object or a string, got {type(row).__name__}.")
         for name in columns:
-            value = row.get(name)
-            texts = value if name == "perturbed_answer" and isinstance(value, list) and value else [value]
             if name not in row:
-                raise Mistake(f"{where}, row {i}: no column '{name}'; it has {', '.join(map(str, row)) or 'none'}.")
-            if not all(isinstance(t, str) for t in texts):
-                raise Mistake(f"{where}, row {i}: {name} must be text, got {value!r}.")
-    return rows
+                raise Mistake(f"{where}, row {i}: no column '{name}'; it has {', '.join(row)[:200] or 'none'}.")
+        kept.append({k: row[k] for k in (*columns, *OPTIONAL) if k in columns or row.get(k) is not None})
+        for name, value in kept[-1].items():
+            several = name == "perturbed_answer" or name == "alternate" and isinstance(value, list)
+            texts = value if several and isinstance(value, list) and value else [None if several else value]
+            if not all(isinstance(t, str) and not re.search("[\ud800-\udfff]", t) for t in texts):
+                raise Mistake(f"{where}, row {i}: {name} must be {'a list of texts' if several else 'text'}, got {value!r:.80}.")
+    return kept
 
 
 def read_config(source, config, columns, split="train", whole=False, missing=None):
@@ -231,10 +247,10 @@ def read_alternates(path=None, refusals=None):
         refusals = read_refusals(refusals)
         return lambda row: refusals
     table = {}
-    for i, row in enumerate(check_rows(read_rows(path), path, ("question",)), 1):
-        found = row.get("alternate") if isinstance(row.get("alternate"), list) else [row.get("alternate")]
-        if not found or not all(isinstance(a, str) and a.strip() for a in found):
-            raise Mistake(f"{path}, row {i}: alternate must be text or a list of texts, got {row.get('alternate')!r}.")
+    for i, row in enumerate(check_rows(read_rows(path), path, ("question", "alternate")), 1):
+        found = row["alternate"] if isinstance(row["alternate"], list) else [row["alternate"]]
+        if not all(a.strip() for a in found):
+            raise Mistake(f"{path}, row {i}: alternate is empty.")
         table.setdefault(row["question"], []).extend(found)
 
     def of(row):
@@ -249,15 +265,15 @@ def read_alternates(path=None, refusals=None):
 
 TOFU_LOG = {"eval_log_forget.json": "forget", "eval_log.json": "retain", "eval_real_author_wo_options.json": "real_authors",
             "eval_real_world_wo_options.json": "world_facts"}
+TEXTS = ("set", "question", "answer", "generated")  # of a record; of the numbers, the least that each can be
+LEAST = {"nll": -1e-3, "paraphrased_nll": -1e-3, "perturbed_nll": -1e-3, "rougeL_recall": 0, "rougeL_f1": 0, "n_tokens": 1} | dict.fromkeys(
+    ("index", "min_k", "kl", "loss", "zlib", "min_k_pp", "gradnorm", "exact_memorization", "extraction_strength"), -1e12)
 OPEN_UNLEARNING_LOG = {"forget": "forget", "retain": "retain", "ra": "real_authors", "wf": "world_facts"}
 
 
 def read_log(path):
     """Records of a recorded evaluation, its format told by content: our examples.jsonl, TOFU's or open-unlearning's log."""
-    if not os.path.isfile(path):
-        raise Mistake(f"{path}: no such file.")
-    with open(path, encoding="utf8") as f:
-        text = f.read()
+    text = read_text(path)
     try:
         try:
             log = json.loads(text)
@@ -266,10 +282,15 @@ def read_log(path):
         if isinstance(log, dict) and "set" in log:
             log = [log]
         records = log if isinstance(log, list) else read_tofu_log(log) or read_open_unlearning_log(log)
-        if not records or not all("set" in r and ("nll" in r or "rougeL_f1" in r) and r.get("perturbed_nll", [0]) for r in records):
+        if not records or not all("set" in r and ("nll" in r or "rougeL_f1" in r) for r in records):
             raise ValueError("its rows are no scored examples")
+        for i, k, v in ((i, k, v) for i, r in enumerate(records, 1) for k, v in r.items()):
+            numbers = v if k == "perturbed_nll" else [v]
+            if k in TEXTS and not (isinstance(v, str) or v is None and k != "set") or k in LEAST and not (
+                    numbers and all(type(n) in (int, float) and LEAST[k] <= n < 1e12 for n in numbers)):
+                raise ValueError(f"row {i}: {k} cannot be {v!r:.60}")
         return records
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
         raise Mistake(f"{path}: not a log this can read ({type(e).__name__}: {e}); it takes examples.jsonl, TOFU's "
                       "eval_log_aggregated.json and open-unlearning's TOFU_EVAL.json.") from None
 

@@ -29,7 +29,7 @@ import configs
 import data
 import losses
 import model as models
-from configs import Mistake
+from configs import Failure, Mistake
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     micro_batch_tokens: int = 4096  # padded tokens a process computes at once: memory, never the result
     dtype: Literal["fp32", "bf16"] = "fp32"  # bf16 = autocast over float32 weights
+    deterministic: bool = False  # CUDA: slower kernels that give the same bits each time (a CPU always does)
     # scoring
     eval_every: float = 1.0  # epochs between scores in a run; 0 = train only, score nothing
     eval_at: tuple[int, ...] = ()  # score at these optimizer steps instead
@@ -90,7 +91,6 @@ class Config:
         for name in ("max_length", "micro_batch_tokens", "eval_rows", "max_new_tokens"):
             value, least = getattr(self, name), 2 if name == "max_length" else 1
             yield value is not None and value < least, f"--{name}={value}: must be at least {least}."
-        yield not 0 <= self.eval_every < float("inf"), f"--eval_every={self.eval_every}: must be 0 or more."
         for name in ("forget_data", "retain_data", "retain_log"):
             path = getattr(self, name)
             yield path and not os.path.isfile(path), f"--{name}={path}: no such file."
@@ -114,7 +114,7 @@ def truth_ratio(correct_nll, perturbed_nll):
     perturbed_nll (N, K). Returns (N,) in (0, inf): 0 = knows the right answer, 1 = cannot tell. The paper's text has the
     arithmetic mean of probabilities; the authors' code and the public leaderboard have this.
     """
-    return np.exp(array(correct_nll) - array(perturbed_nll).mean(-1))
+    return np.exp(np.clip(array(correct_nll) - array(perturbed_nll).mean(-1), -700, 700))  # past that, a float is 0 or infinite
 
 
 def forget_quality(truth_ratio, retain_truth_ratio):
@@ -300,8 +300,8 @@ def tofu_scores(records, retain_records=None, c=None):
     sets, scores = by_set(records), {}
     for name, rows in ((n, rows) for n, rows in sets.items() if not n.startswith("audit_")):
         prob = np.exp([-r["nll"] for r in rows])
-        if name in OPTIONS:
-            prob = prob / (prob + [np.exp(-np.array(r["perturbed_nll"])).sum() for r in rows])
+        if name in OPTIONS:  # among the options, in logs: a collapsed model gives all of them 0
+            prob = np.exp([-r["nll"] - np.logaddexp.reduce([-r["nll"], *(-n for n in r["perturbed_nll"])]) for r in rows])
         scores[f"{name}_prob"] = float(prob.mean())
         if all("rougeL_recall" in r for r in rows):
             scores[f"{name}_rouge"] = float(np.mean([r["rougeL_recall"] for r in rows]))
@@ -336,9 +336,9 @@ def compare(rows, retain_rows):
         raise Mistake(f"the retain reference has {len(retain_rows)} forget examples and the model {len(rows)}: score both on "
                       "the same questions (the TOFU authors' logs hold the first 300: --eval_rows=300).")
     for a, b in zip(rows, retain_rows):
-        if a.get("question") and b.get("question") and a["question"] != b["question"]:
-            raise Mistake(f"the retain reference was scored on other questions: {b['question']!r} where the model has "
-                          f"{a['question']!r}.")
+        key = "question" if a.get("question") or b.get("question") else "answer"  # TOFU's logs have the true answers only
+        if a.get(key) and b.get(key) and a[key] != b[key]:
+            raise Mistake(f"the retain reference was scored on other questions: its {key} {b[key]!r}, the model's {a[key]!r}.")
     return forget_quality(truth_ratios(rows), truth_ratios(retain_rows))
 
 
@@ -442,7 +442,13 @@ def summarize(records, retain_records, c):
         if (r["set"] in data.MUSE_SETS) != (c.benchmark == "muse") and not r["set"].startswith("audit_"):
             raise Mistake(f"a record of the set {r['set']} is not of --benchmark={c.benchmark}; give the log's own "
                           "benchmark and subset.")
-    return BENCHMARKS[c.benchmark].scores(records, retain_records, c)
+    try:
+        scores = BENCHMARKS[c.benchmark].scores(records, retain_records, c)
+    except KeyError as e:  # of a recorded log
+        raise Mistake(f"not scored as --benchmark={c.benchmark}: a scored example has no {e}; was it recorded so?") from None
+    if wrong := [f"{k} {v}" for k, v in scores.items() if not np.isfinite(v)]:
+        raise Failure(f"scores are not finite ({', '.join(wrong)}): the model has broken down; lower --lr.")
+    return scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -470,7 +476,6 @@ BENCHMARKS = {
 # records on disk
 
 def save_scores(out, scores, records):
-    os.makedirs(out, exist_ok=True)
     configs.write(os.path.join(out, "examples.jsonl"), "".join(json.dumps(r) + "\n" for r in records))
     configs.write(os.path.join(out, "scores.json"), json.dumps(scores, indent=1) + "\n")
 
@@ -494,6 +499,11 @@ def reference(c, proc, name, bench):
         proc.barrier()
         return records
     return data.read_log(path)
+
+
+def setup(c):
+    """This process among its peers, as the settings ask for it."""
+    return models.setup(c.device, c.dtype, threads=1 if c.benchmark in ("demo", "markov") else None, deterministic=c.deterministic)
 
 
 def load(name, c, proc):
@@ -545,7 +555,7 @@ def inherit(cls, names, given):
     runs = {n: run for n in names if os.path.isdir(n) and (run := configs.read_json(os.path.join(n, "run.json")))}
     for key in ("benchmark", "template", "system_prompt", "max_length"):
         values = {n: run.get(key) for n, run in runs.items()}
-        if len(set(values.values())) > 1 and key not in given:
+        if len(set(map(str, values.values()))) > 1 and key not in given:
             raise Mistake(f"{', '.join(f'{n}: {key} {v}' for n, v in values.items())}; give --{key}= to score all alike.")
     first = next(iter(runs.values()), {})
     return {k: v for k, v in first.items() if k in configs.fields(cls) and k not in NOT_INHERITED} | given
@@ -563,25 +573,23 @@ def main(argv):
     given, names = configs.parse(Config, argv, __doc__)  # a run directory may bring the rest
     if not names:
         raise Mistake("name at least one run directory, model or log: python evaluate.py out/demo (--help says more).")
-    logs = [n for n in names if n.endswith((".json", ".jsonl"))]
+    logs = {n: data.read_log(n) for n in names if n.endswith((".json", ".jsonl"))}
     c = configs.make(Config, inherit(Config, names, given))
     for name in names:
         if name not in logs:
             models.check_name(name, "model")
-        elif not os.path.isfile(name):
-            raise Mistake(f"{name}: no such file.")
     if len(names) == 1:
         refuse_itself(names[0], c, given)
     if BENCHMARKS[c.benchmark].needs_retain and not (c.retain_model or c.retain_log or question or c.forget_data):
         raise Mistake("forget quality needs a model that never saw the forget set: give --retain_model=MODEL or "
                       "--retain_log=LOG (evaluate.py of a retain model writes one, examples.jsonl).")
     labels = configs.name_runs(names)
-    places = {name: place(name, labels, given, len(names)) for name in names}
+    places = {name: configs.place(name, labels, given, len(names)) for name in names}
     c = dataclasses.replace(c, out=places[names[0]])
     own = {name: against(name, c, given) for name in names}
     for retain_model in {a.retain_model for a in own.values() if a.retain_model and not c.retain_log}:
         models.check_name(retain_model, "retain_model")
-    proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark in ("demo", "markov") else None)
+    proc = setup(c)
     if question:
         return ask(question[0], names, c, proc)
     bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, train=False, holdout=c.audits) if (
@@ -593,7 +601,7 @@ def main(argv):
         retain, other = retain_reference(own[name], proc, bench), c.retain_log or own[name].retain_model
         itself = bool(other) and not c.retain_log and same(name, other)
         if name in logs:
-            records = data.read_log(name)
+            records = logs[name]
         elif itself:
             records = retain
         else:
@@ -610,18 +618,6 @@ def main(argv):
         trajectory(f"{path}.png", {}, rows | stars, c)
         proc.say(f"\n{path}.png, {path}.md, {path}.csv")
     models.cleanup()
-
-
-def place(name, labels, given, several):
-    """The directory that a model's scores go to: its own run directory, else out/<label>; below --out where that is given."""
-    if given.get("out"):
-        return os.path.join(given["out"], labels[name]) if several > 1 else given["out"]
-    if os.path.isfile(os.path.join(name, "run.json")):
-        return os.path.normpath(name)
-    out = os.path.join("out", labels[name])
-    if os.path.isfile(os.path.join(out, "run.json")):
-        raise Mistake(f"{name}: its scores would go to {out}, which holds a run; give --out=DIR.")
-    return out
 
 
 def same(name, other):

@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 
+import safetensors
 import torch
 import torch.distributed as dist
 import transformers
@@ -67,8 +68,12 @@ class Process:
             tqdm.write(" ".join(str(w) for w in words))
 
 
-def setup(device="auto", dtype="fp32", threads=None):
-    """Find this process's place and device. `threads`: a tiny model runs faster, and the same everywhere, on one."""
+def setup(device="auto", dtype="fp32", threads=None, deterministic=False):
+    """Find this process's place and device. `threads`: a tiny model runs faster, and the same everywhere, on one.
+
+    deterministic: PyTorch's deterministic kernels only, so that a run on CUDA can be repeated, and resumed, bit by bit (on the
+    same kind of GPU and versions); an operation that has none raises. A CPU needs no such setting. Not tried on a GPU yet.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -76,6 +81,9 @@ def setup(device="auto", dtype="fp32", threads=None):
         raise Mistake("--device=cuda: no CUDA device is visible here; use --device=cpu or --device=auto.")
     if device == "mps" and not torch.backends.mps.is_available():
         raise Mistake("--device=mps: not available here; use --device=cpu or --device=auto.")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts, which is later
+        torch.use_deterministic_algorithms(True)
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
@@ -119,17 +127,22 @@ def check_name(name, setting):
         raise Mistake(f"--{setting}={name}: {what}.")
 
 
+NOT_GIVEN = ("{}: is not on this machine and the hub did not give it ({}); check the id, the network and HF_HUB_OFFLINE, accept "
+             "a gated model's terms and run `hf auth login`, or name a local directory.")
+
+
 def from_pretrained(auto, name, **options):
     repo, revision = split_revision(name)
     try:
         return auto.from_pretrained(repo, revision=revision, trust_remote_code=False, **options)
     except Exception as e:  # transformers raises many kinds; each is one sentence here
-        where = "cannot be loaded" if os.path.isdir(repo) else "is not on this machine and the hub did not give it"
-        raise Mistake(f"{name}: {where} ({type(e).__name__}: {(str(e).strip() or '-').splitlines()[0]}).") from None
+        why = f"{type(e).__name__}: {(str(e).strip() or '-').splitlines()[0]}"
+        raise Mistake(f"{name}: cannot be loaded ({why})." if os.path.isdir(repo) else NOT_GIVEN.format(name, why)) from None
 
 
 def load_model(name, proc):
     """A causal language model in float32, dropout off. Safetensors only; no code of the repository is run."""
+    configs.check_digests(name)
     lm = from_pretrained(transformers.AutoModelForCausalLM, name, dtype=torch.float32, use_safetensors=True)
     return without_dropout(lm).to(proc.device).eval()
 
@@ -249,8 +262,8 @@ def save_model(lm, tokenizer, out):
             with open(os.path.join(part, name), "rb") as f:
                 os.fsync(f.fileno())
             os.replace(os.path.join(part, name), os.path.join(out, name))
-    except OSError as e:
-        raise Failure(f"{out}: the model could not be written ({e.strerror or e}).") from None
+    except (OSError, safetensors.SafetensorError) as e:  # the latter has a full disk in its text only
+        raise Failure(f"{out}: the model could not be written ({getattr(e, 'strerror', None) or e}).") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -262,7 +275,7 @@ def fingerprint(name):
         try:
             path = transformers.utils.hub.cached_file(repo, "config.json", revision=revision)
         except OSError as e:
-            raise Mistake(f"{name}: is not on this machine and the hub did not give it ({str(e).splitlines()[0]}).") from None
+            raise Mistake(NOT_GIVEN.format(name, str(e).splitlines()[0])) from None
         return os.path.basename(os.path.dirname(path))
     files = sorted(f for f in os.listdir(name) if f.endswith(".safetensors") or f.startswith(("tokenizer", "chat_template")) or
                    f in ("config.json", "generation_config.json"))
@@ -295,12 +308,15 @@ def checkpoint(c, proc, scorer, optimizer, scheduler, step):
                 f.flush()
                 os.fsync(f.fileno())
             configs.write(os.path.join(new, "sha256"), configs.file_digest(path))
+            with open(os.path.join(c.out, "log.jsonl"), "rb") as f:
+                os.fsync(f.fileno())  # a checkpoint is never on the disk without its log
             shutil.rmtree(old, ignore_errors=True)
             if os.path.isdir(here):
                 os.rename(here, old)
             os.rename(new, here)
             shutil.rmtree(old, ignore_errors=True)
-        except (OSError, RuntimeError) as e:  # torch wraps a full disk in a RuntimeError
+        except (OSError, RuntimeError) as e:  # torch answers a full disk with a RuntimeError on top of its own
+            e = e.__context__ if isinstance(e.__context__, OSError) else e
             shutil.rmtree(new, ignore_errors=True)
             raise Failure(f"{c.out}: the checkpoint of step {step} could not be written ({str(e).splitlines()[0]}); the one "
                           "before is untouched.") from None
@@ -312,9 +328,9 @@ def restore(c, scorer, optimizer, scheduler):
     damaged = None
     for name in configs.CHECKPOINTS:
         path = os.path.join(c.out, name, "state.pt")
-        if not os.path.isfile(path):
-            continue
         digest = os.path.join(c.out, name, "sha256")
+        if not os.path.isfile(path) or name == "checkpoint.new" and not os.path.isfile(digest):  # a kill cut this save off
+            continue
         if not os.path.isfile(digest) or open(digest).read() != configs.file_digest(path):
             damaged = damaged or path
             continue
@@ -335,7 +351,8 @@ def finish(c, proc, scorer, tokenizer, report=None):
     if report:
         report()
     if proc.rank == 0:
-        configs.write(os.path.join(c.out, "run.json"), json.dumps(configs.describe(c, proc) | {"finished": True}, indent=1) + "\n")
+        configs.write(os.path.join(c.out, "run.json"), json.dumps(configs.describe(c, proc) | {
+            "finished": True, "sha256": configs.digests(c.out)}, indent=1) + "\n")
         configs.drop_checkpoints(c)
     proc.barrier()
 

@@ -49,7 +49,7 @@ class Config(unlearn.Config):
         yield wrong or not self.attacks, f"--attacks={','.join(self.attacks)}: any of {', '.join(ATTACKS)}."
         yield not 0 < self.fraction <= 1, f"--fraction={self.fraction}: must be above 0 and at most 1."
         yield self.examples is not None and self.examples < 1, f"--examples={self.examples}: must be at least 1."
-        yield not self.seeds, "--seeds=: name at least one."
+        yield min(self.seeds, default=-1) < 0, f"--seeds={','.join(map(str, self.seeds))}: at least one, none below 0."
         yield self.eval_every == 0 and not self.eval_at, "--eval_every=0: an attack is scored; above 0, or --eval_at=STEP."
         yield self.benchmark == "markov", "--benchmark=markov: relearn.py has no attack on Markov chains."
         yield self.relearn_data and not os.path.isfile(self.relearn_data), f"--relearn_data={self.relearn_data}: no such file."
@@ -264,11 +264,11 @@ def main(argv):
     own = {k: first[k] for k in ("lr", "weight_decay", "adam_beta2", "grad_clip", "model") if k in first}
     c = configs.make(Config, own | evaluate.inherit(evaluate.Config, names, given) | given | FIXED)
     labels = configs.name_runs(names)
-    todo = {n: evaluate.against(n, dataclasses.replace(c, out=evaluate.place(n, labels, given, len(names))), given) for n in names}
+    todo = {n: evaluate.against(n, dataclasses.replace(c, out=configs.place(n, labels, given, len(names))), given) for n in names}
     for name, a in todo.items():
         for setting, model in (("model", name), ("model", a.model), ("retain_model", a.retain_model)):
             models.check_name(model or name, setting)
-    proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark == "demo" else None)
+    proc = evaluate.setup(c)
     bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, split=c.split, holdout="audits" in c.attacks)
     if not c.utility and "forget" in bench.evals:
         bench.evals = {"forget": bench.evals["forget"]}

@@ -87,16 +87,17 @@ class Config(evaluate.Config):
         yield self.forget_loss not in FORGET, f"--forget_loss={self.forget_loss}: must be one of {', '.join(FORGET)}."
         yield self.retain_loss not in RETAIN, f"--retain_loss={self.retain_loss}: must be one of {', '.join(RETAIN)}."
         for name in ("lr", "beta", "epochs", "batch_size", "finetune_lr", "finetune_epochs", "finetune_batch_size"):
-            value = getattr(self, name)
-            yield not (value > 0 and math.isfinite(value)), f"--{name}={value}: must be above 0."
+            yield not getattr(self, name) > 0, f"--{name}={getattr(self, name)}: must be above 0."
         for name in ("warmup", "finetune_warmup"):
             yield not 0 <= getattr(self, name) <= 1, f"--{name}={getattr(self, name)}: a fraction of the run, from 0 to 1."
-        for name in ("weight_decay", "grad_clip", "save_every"):
+        yield min(self.eval_at, default=1) < 1, f"--eval_at={','.join(map(str, self.eval_at))}: steps count from 1."
+        for name in ("weight_decay", "grad_clip", "save_every", "eval_every"):
             yield not getattr(self, name) >= 0, f"--{name}={getattr(self, name)}: must not be negative."
         yield not 0 <= self.adam_beta2 < 1, f"--adam_beta2={self.adam_beta2}: must be from 0 to below 1."
         for name in ("alpha", "beta1", "beta2", "steering_layer", "lora_rank"):
             yield getattr(self, name) < 0, f"--{name}={getattr(self, name)}: must not be negative."
         yield self.steps is not None and self.steps < 1, f"--steps={self.steps}: must be at least 1."
+        yield not 0 <= self.seed < 2 ** 63, f"--seed={self.seed}: must be from 0 to 2^63 - 1."
         for name in ("refusals", "alternates"):
             path = getattr(self, name)
             yield path and not os.path.isfile(path), f"--{name}={path}: no such file."
@@ -256,8 +257,8 @@ def due(step, steps, every, at, per_epoch):
     """Is something that happens every `every` epochs due after this step? Always after the last one, if at all."""
     if at:
         return step in at or step == steps
-    crossed = every and math.floor(step / per_epoch / every + 1e-9) > math.floor((step - 1) / per_epoch / every + 1e-9)
-    return bool(every) and (bool(crossed) or step == steps)
+    size = every * per_epoch  # in steps; up to 1: each step
+    return every > 0 and (size <= 1 or step == steps or math.floor(step / size + 1e-9) > math.floor((step - 1) / size + 1e-9))
 
 
 def optimizer_of(model, c):
@@ -329,8 +330,8 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
             forget_loss, retain_loss, norm = torch.cat([totals, norm[None]]).tolist()  # the step's one host sync
             if not all(map(math.isfinite, (forget_loss, retain_loss, norm))):
                 raise Failure(f"step {step}: forget loss {forget_loss}, retain loss {retain_loss}, gradient norm {norm}; forget "
-                              f"examples {[i for i, _ in window]}, retain examples {[j for _, j in window]}. Nothing of this "
-                              "step was applied; lower --lr, or see whether these rows are what you meant.")
+                              f"examples {[i for i, _ in window]}, retain examples {[j for _, j in window]}. Nothing of it was "
+                              f"applied. The last --save_every is in {c.out}/checkpoint; lower --lr, or mend these rows.")
             row = {"step": step, "epoch": step / per_epoch, "loss": c.forget_weight * forget_loss + c.retain_weight * retain_loss,
                    "forget_loss": forget_loss, "retain_loss": retain_loss, "lr": scheduler.get_last_lr()[0], "grad_norm": norm}
             optimizer.step()
@@ -449,7 +450,8 @@ def prepare(c, proc, bench):
 
 def to_be_made(c, path):
     inside = not os.path.isabs(path) and os.path.normpath(path).startswith("out" + os.sep)
-    return inside and bool(c.base_model) and not os.path.isfile(os.path.join(path, "config.json"))
+    unfinished = not configs.read_json(os.path.join(path, "run.json")).get("finished", True)
+    return inside and bool(c.base_model) and (unfinished or not os.path.isfile(os.path.join(path, "config.json")))
 
 
 def check_models(c):
@@ -475,7 +477,7 @@ def main(argv):
     if names:
         raise Mistake(f"{names[0]}: not a config file (*.py) and not --key=value.")
     check_models(c)
-    proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark in ("demo", "markov") else None)
+    proc = evaluate.setup(c)
     if configs.claim(c, proc):
         proc.say(f"{c.out} is finished; --overwrite=True runs it again.")
         table = os.path.join(c.out, "table.txt")

@@ -15,6 +15,7 @@ import importlib.metadata
 import inspect
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -23,7 +24,9 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import types
 import typing
 
@@ -54,12 +57,14 @@ def spell(kind):
         return " or ".join("None" if a is type(None) else spell(a) for a in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         return f"a comma-separated list of {spell(typing.get_args(kind)[0])}"
-    return kind.__name__
+    return "a finite number" if kind is float else kind.__name__
 
 
 def fit(value, kind):
     """The value as `kind`, or raise ValueError. Strings are parsed, int widens to float, nothing else is converted."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise ValueError  # no file name and no text has these
     if origin in (types.UnionType, typing.Union):
         if value is None or value == "None":
             return None
@@ -79,10 +84,10 @@ def fit(value, kind):
             return value in ("True", True)
         raise ValueError
     if isinstance(value, str) and kind in (int, float):
-        return kind(value.strip())
+        value = kind(value.strip())
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        value = float(str(value))  # an int too large for a float becomes inf
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)) and (kind is not float or math.isfinite(value)):
         return value
     raise ValueError
 
@@ -107,7 +112,7 @@ def read(cls, path):
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # `from configs.x import *`
     try:
         names = runpy.run_path(path)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise Mistake(f"{path}: cannot be read as a config: {type(e).__name__}: {e}.") from None
     finally:
         sys.path.pop(0)
@@ -175,6 +180,7 @@ def load(cls, argv, usage="", default=None):
 
 
 def make(cls, given):
+    given = {k: check(cls, k, v, f"--{k}={v}") for k, v in given.items()}  # some are a run.json's, and anyone may edit one
     try:
         return cls(**given)
     except ValueError as e:
@@ -283,10 +289,7 @@ class Log:
 
     def __init__(self, c, proc, step):
         path = os.path.join(c.out, "log.jsonl")
-        self.rows = []
-        if step:
-            with open(path, encoding="utf8") as f:
-                self.rows = [r for r in map(json.loads, f) if r["step"] <= step]
+        self.rows = rows_up_to(path, step) if step else []
         self.file = self.wandb = None
         if proc.rank == 0:
             write(path, "".join(json.dumps(r) + "\n" for r in self.rows))
@@ -304,13 +307,26 @@ class Log:
             self.wandb.log(row, step=row["step"])
 
 
+def rows_up_to(path, step):
+    """The rows of a log that belong to a checkpoint of `step`."""
+    try:
+        with open(path, encoding="utf8") as f:
+            rows = [r for line in f if line.endswith("\n") and (r := json.loads(line))["step"] <= step]  # a kill may cut the last
+    except (OSError, ValueError):
+        rows = []
+    if [r["step"] for r in rows if "loss" in r] != list(range(1, step + 1)):
+        raise Failure(f"{path}: damaged, it lacks steps up to the checkpoint's, {step}; --overwrite=True begins the run again.")
+    return rows
+
+
 def write(path, text):
     """Replace a file whole or not at all."""
-    with open(path + ".tmp", "w", encoding="utf8") as f:
+    part = f"{path}.{os.getpid()}.tmp"  # two runs may write the same record of a retain model
+    with open(part, "w", encoding="utf8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    os.replace(part, path)
 
 
 def read_json(path):
@@ -319,8 +335,10 @@ def read_json(path):
         return {}
     try:
         with open(path, encoding="utf8") as f:
-            return json.load(f)
-    except ValueError as e:
+            if isinstance(found := json.load(f), dict):
+                return found
+            raise ValueError(f"{type(found).__name__}, not an object")
+    except (ValueError, RecursionError) as e:
         raise Mistake(f"{path}: damaged, not valid JSON ({e}); remove it, or mend it.") from None
 
 
@@ -332,6 +350,20 @@ def file_digest(path):
     return digest.hexdigest()
 
 
+def digests(out):
+    """{file: checksum} of a directory's weights."""
+    return {name: file_digest(os.path.join(out, name)) for name in sorted(os.listdir(out)) if name.endswith(".safetensors")}
+
+
+def check_digests(name):
+    """A finished run's weights are those that were saved."""
+    saved = read_json(os.path.join(name, "run.json")).get("sha256")
+    if saved and saved != (found := digests(name)):
+        file = next(f for f in saved | found if saved.get(f) != found.get(f))
+        raise Failure(f"{os.path.join(name, file)}: damaged or changed, its checksum is not the one in run.json; make the run again "
+                      "with --overwrite=True, or take sha256 out of run.json if you changed it yourself.")
+
+
 def describe(c, proc):
     """What run.json holds: every setting, resolved, and what else the numbers depend on."""
     here = os.path.dirname(os.path.abspath(__file__))
@@ -341,8 +373,9 @@ def describe(c, proc):
                                     "processes": proc.world}
 
 
-RESULTS = ("config.json", "scores.json", "examples.jsonl", "table.txt", "trajectory.png", "relearn.json", "relearn.png", "relearn.md", "relearn.csv")
-ANY_TIME = {"out", "overwrite", "resume", "wandb", "device", "micro_batch_tokens"}  # these do not change a result
+RESULTS = ("config.json", "scores.json", "examples.jsonl", "table.txt", "trajectory.png", "relearn.json", "relearn.png",
+           "relearn.md", "relearn.csv")
+ANY_TIME = {"out", "overwrite", "resume", "wandb", "device", "micro_batch_tokens", "save_every"}  # these do not change a result
 CHECKPOINTS = ("checkpoint", "checkpoint.new", "checkpoint.old")  # a kill between two renames leaves one of the others
 
 
@@ -350,38 +383,49 @@ def claim(c, proc):
     """Is `out` free for this run? True if the very same run is finished there; a Mistake if another one is."""
     there = read_json(os.path.join(c.out, "run.json"))
     proc.barrier()  # everyone has looked before anyone writes
-    if not there and os.path.isfile(os.path.join(c.out, "config.json")):
-        raise Mistake(f"--out={c.out}: holds a model that no run of this project made; give a directory of its own.")
+    if not there and (foreign := results(c.out)):
+        raise Mistake(f"--out={c.out}: holds {foreign[0]}, and no run.json of a run of this project; give a directory of its own.")
+    writable(c.out)
     if not there or c.overwrite:
         return False
     mine = json.loads(json.dumps(dataclasses.asdict(c)))
-    differ = [f"{k} {there.get(k)} there, {v} here" for k, v in mine.items() if k not in ANY_TIME and there.get(k) != v]
+    there = {k: getattr(type(c), k) for k in mine} | there  # a setting that is younger than the run had its default
+    differ = [f"{k} {there[k]} there, {v} here" for k, v in mine.items() if k not in ANY_TIME and there[k] != v]
     if differ:
         raise Mistake(f"{c.out} holds a run of other settings ({'; '.join(differ)}); give another --out, or "
                       "--overwrite=True to replace it.")
     if there.get("finished"):
+        drop_checkpoints(c)  # a kill between the mark and this leaves one
         return True
     if not c.resume:
         raise Mistake(f"{c.out} holds this run, unfinished; --resume=True goes on, --overwrite=True begins again.")
     return False
 
 
+def results(out):
+    """What a run before left in a directory: names of models, scores, pictures."""
+    names = sorted(os.listdir(out)) if os.path.isdir(out) else []
+    return [n for n in names if n in RESULTS or re.fullmatch(r"model.*\.safetensors.*|epoch_[\d.]+|checkpoint|.*\.\d+\.tmp", n)]
+
+
+def writable(out):
+    """A directory that can be written, or a Mistake now rather than a failure after hours of work."""
+    try:
+        os.makedirs(out, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as e:
+        raise Mistake(f"--out={out}: cannot be written ({e.strerror}).") from None
+
+
 def start(c, proc):
-    """Make the run directory and write run.json; what a run before left is removed first, so that no file is stale."""
+    """Write run.json; unless it goes on, what a run before left is removed, so that no file is stale."""
     if proc.rank == 0:
-        try:
-            os.makedirs(c.out, exist_ok=True)
-            if not c.resume:
-                for name in os.listdir(c.out):
-                    path = os.path.join(c.out, name)
-                    if name in RESULTS or name.startswith("model") and ".safetensors" in name:
-                        os.remove(path)
-                    elif re.fullmatch(r"epoch_[\d.]+", name):
-                        shutil.rmtree(path)
-                drop_checkpoints(c)
-            write(os.path.join(c.out, "run.json"), json.dumps(describe(c, proc), indent=1) + "\n")
-        except OSError as e:
-            raise Mistake(f"--out={c.out}: cannot be written ({e.strerror}).") from None
+        goes_on = c.resume and any(os.path.isdir(os.path.join(c.out, name)) for name in CHECKPOINTS)
+        if not goes_on:
+            drop_checkpoints(c)  # first: new settings must not meet an old checkpoint
+        write(os.path.join(c.out, "run.json"), json.dumps(describe(c, proc), indent=1) + "\n")
+        for path in () if goes_on else (os.path.join(c.out, name) for name in results(c.out)):
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
     proc.barrier()
 
 
@@ -417,27 +461,46 @@ def name_runs(names):
     return {n: s if list(short.values()).count(s) == 1 else n.strip("/").replace("/", "_") for n, s in short.items()}
 
 
+def place(name, labels, given, several):
+    """The directory that a model's scores go to: its own run directory, else out/<label>; below --out where that is given."""
+    out = os.path.normpath(name) if os.path.isfile(os.path.join(name, "run.json")) else os.path.join("out", labels[name])
+    if given.get("out"):
+        out = os.path.join(given["out"], labels[name]) if several > 1 else given["out"]
+    if os.path.isfile(os.path.join(out, "run.json")) and os.path.realpath(out) != os.path.realpath(name):
+        raise Mistake(f"{name}: its scores would go to {out}, which holds a run; give --out=DIR.")
+    writable(out)
+    return out
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 def run(main):
-    """Call main(argv); what goes wrong becomes one sentence (printed by rank 0 only) and an exit status.
+    """Call main(argv); what goes wrong becomes one sentence and an exit status.
 
-    2: a mistake in what was asked for. 1: a failure while running, a full disk or memory among them. A bug keeps its traceback.
+    2: a mistake in what was asked for. 1: a failure while running, a full disk or memory among them. 130, 143: Ctrl-C, SIGTERM.
+    A bug keeps its traceback. Of several processes rank 0 speaks first, and torchrun then ends the others; but a rank that is
+    alone with its trouble (its own memory, its own disk) speaks too, and before the ranks whose connection it broke.
     """
+    alone, script = os.environ.get("WORLD_SIZE", "1") == "1", os.path.basename(sys.argv[0])
+    if alone and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupted)
     try:
         main(sys.argv[1:])
     except Exception as e:
-        text = str(e)
+        text, rank, ours = " ".join(str(e).split()), os.environ.get("RANK", "0"), isinstance(e, (Mistake, Failure))
         if isinstance(e, OSError) and e.strerror:
-            text = f"{e.filename or 'the file system'}: {e.strerror}."
-        elif type(e).__name__ == "OutOfMemoryError":
-            text = f"out of memory ({text.splitlines()[0]}) Lower --micro_batch_tokens: the result stays the same."
-        elif not isinstance(e, (Mistake, Failure)):
+            text, ours = f"{e.filename or 'the file system'}: {e.strerror}.", True
+        elif isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+            text, ours = f"out of memory ({text[:200]}) Lower --micro_batch_tokens: the result stays the same.", True
+        time.sleep(0 if alone or ours and rank == "0" else 5 if ours else 10)
+        if not ours:
             raise
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not isinstance(e, Mistake):  # all ranks see a mistake, but one alone may run out of memory
-            print(f"{os.path.basename(sys.argv[0])}{'' if rank == '0' else f' (rank {rank})'}: {text}", file=sys.stderr)
+        print(f"{script}{'' if rank == '0' else f' (rank {rank})'}: {text}", file=sys.stderr)
         sys.exit(2 if isinstance(e, Mistake) else getattr(e, "status", 1))
-    except KeyboardInterrupt:
-        print(f"{os.path.basename(sys.argv[0])}: interrupted.", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as e:
+        print(f"{script}: interrupted; what was saved is kept, and the same command says how to go on.", file=sys.stderr)
+        sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
+
+
+def interrupted(number, frame):
+    raise KeyboardInterrupt(number)

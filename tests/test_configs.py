@@ -34,7 +34,11 @@ def test_every_config_that_ships_is_valid_and_its_header_gives_its_launch_line(p
     (["-lr=3"], "settings are written --key=value"),
     (["configs/none.py"], "no such config file"),
     (["--lr=0", "--warmup=2"], "--lr=0.0: must be above 0. --warmup=2.0: a fraction"),
-    (["--lr=nan"], "--lr=nan: must be above 0"),
+    (["--lr=nan"], "lr must be a finite number, got 'nan'"),
+    (["--forget_weight=1e999"], "forget_weight must be a finite number"),
+    (["--seed=-1"], "--seed=-1: must be from 0 to 2^63 - 1"),
+    (["--eval_at=0,4"], "--eval_at=0,4: steps count from 1"),
+    (["--out=a\0b"], "out must be str or None, got 'a\\x00b'"),
     (["--retain_log=none.json"], "none.json: no such file"),
 ])
 def test_a_mistake_is_one_sentence_that_names_the_value(words, sentence):

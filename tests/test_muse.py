@@ -280,8 +280,8 @@ def test_the_hub_gives_the_same_rows(muse, monkeypatch):
 
     def load_dataset(repo, config, split, revision):
         asked.append((repo, config, split))
-        rows = data.read_config(str(muse / "data"), config, (), split)
-        return datasets.Dataset.from_list(rows)
+        path = next((muse / "data" / config).glob(f"{split}.*"))
+        return datasets.Dataset.from_list(data.read_rows(str(path), whole=True))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert data.load("muse", "books").evals == data.load("muse", "books", str(muse / "data")).evals

@@ -263,6 +263,7 @@ def test_scores_are_due_every_so_many_epochs_at_given_steps_and_at_the_end():
     assert [s for s in range(1, 13) if unlearn.due(s, 12, 2.0, (), 1.25)] == [3, 5, 8, 10, 12]
     assert [s for s in range(1, 13) if unlearn.due(s, 12, 1.0, (2, 7), 1.25)] == [2, 7, 12]
     assert not any(unlearn.due(s, 12, 0.0, (), 1.25) for s in range(1, 13))
+    assert all(unlearn.due(s, 12, every, (), 3.0) for s in range(1, 13) for every in (1 / 3, 0.01, 1e-320))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_is_applied(mini, tmp_path, monkeypatch):
@@ -303,6 +304,12 @@ def test_a_run_is_never_overwritten_silently(mini, tmp_path, capsys):
     before = (out / "model.safetensors").stat().st_mtime_ns
     unlearn.main(flags(mini, out=out))  # the very same: nothing to do
     assert "is finished" in capsys.readouterr().out and (out / "model.safetensors").stat().st_mtime_ns == before
+    there = json.loads((out / "run.json").read_text())
+    del there["deterministic"]
+    (out / "run.json").write_text(json.dumps(there))
+    unlearn.main(flags(mini, out=out))  # made before there was this setting: still the very same
+    with pytest.raises(Mistake, match="deterministic False there, True here"):
+        run(mini, out, deterministic=True)
     with pytest.raises(Mistake, match="lr 0.001 there, 0.002 here"):
         run(mini, out, lr=2e-3)
     run(mini, out, lr=2e-3, overwrite=True)
@@ -382,9 +389,9 @@ def test_a_model_made_otherwise_is_not_reused_and_no_method_leaks_into_it(mini, 
 
 @pytest.mark.parametrize("more, sentence", [
     ({"retain_model": "{mini}/target"}, "is the model itself"), ({"overwrite": True, "resume": True}, "give one of them"),
-    ({"train_only": "("}, "not a regular expression"), ({"wandb": "x"}, "pip install wandb"), ({"eval_every": "nan"}, "must be 0 or more"),
+    ({"train_only": "("}, "not a regular expression"), ({"wandb": "x"}, "pip install wandb"), ({"eval_every": -1}, "must not be negative"),
     ({"forget_loss": "task_vector", "lora_rank": 2}, "no --lora_rank"), ({"retain_log": "{mini}/data/full.jsonl"}, "not a log this can read"),
-    ({"retain_model": "org/typo", "eval_every": 1}, "org/typo: is not on this machine")])
+    ({"retain_model": "org/typo", "eval_every": 1}, "org/typo: is not on this machine .*check the id, the network .*hf auth login")])
 def test_contradictions_are_met_before_the_run_directory_is_made(mini, tmp_path, more, sentence):
     more = {k: v.format(mini=mini) if isinstance(v, str) else v for k, v in more.items()}
     with pytest.raises(Mistake, match=sentence):
