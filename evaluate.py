@@ -6,8 +6,8 @@
     python evaluate.py org/model --benchmark=muse --subset=books    # MUSE has its retain model's AUC built in
     python evaluate.py LOG.json --retain_log=LOG.json               # recorded logs: ours, TOFU's, open-unlearning's
 
-A run directory, any Hugging Face model directory, a hub id (org/name@revision) or a log; several give one table, on screen and in
-comparison.md, .csv and .png (in out/ or --out), each run against the retain model it was made with.
+A run directory, any Hugging Face model directory, a hub id (org/name@revision) or a log; several give one table, on screen
+and in comparison.md, .csv and .png (in out/ or --out), each run against the retain model it was made with.
 Scores go to scores.json, what they were computed from to examples.jsonl: in the run directory, or in --out.
 """
 import dataclasses
@@ -259,6 +259,8 @@ def record_audits(scorer, tokenizer, bench, c, proc):
     template = data.Template(c.template, tokenizer, c.system_prompt, c.date_string)
     sets = {"forget": bench.evals.get("forget") or bench.evals.get("privleak_f", []),
             "holdout": bench.holdout or bench.evals.get("privleak_h", []), "verbatim": bench.evals.get("verbmem_f", [])}
+    if not sets["holdout"]:
+        proc.say("No holdout set: the mia_ scores are left out.")
     items = [(name, i, row, data.encode(tokenizer, row["prompt"], row["answer"]) if name == "verbatim" else
               template.encode(row, c.max_length)) for name, rows in sets.items() for i, row in enumerate(rows[:c.eval_rows])]
     items = [item for item in items if item[3]]
@@ -532,7 +534,7 @@ def trajectory(path, curves, points, c):
     drawn = [r for rows in curves.values() for r in rows] or [r for r in points.values() if y in r][:1] or [{}]
     if not all(x in r and y in r for r in drawn):  # your own rows, or no retain model
         x, y = "retain_prob", "forget_prob"
-    points = {k: v | ({"forget_quality": 1.0} if k.startswith("retain model") else {}) for k, v in points.items() if k not in curves}
+    points = {k: v | ({"forget_quality": 1.0} if "retain model" in k else {}) for k, v in points.items() if k not in curves}
     configs.picture(path, curves, points, x, y)
 
 
@@ -594,8 +596,8 @@ def main(argv):
         return ask(question[0], names, c, proc)
     bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, train=False, holdout=c.audits) if (
         len(logs) < len(names) or c.retain_model and not c.retain_log) else None
-    if c.audits and bench and not bench.holdout and "privleak_h" not in bench.evals:
-        proc.say("No holdout set: the mia_ scores are left out.")
+    for out in places.values():
+        configs.writable(out)
     rows, every, stars = {}, {}, {}
     for name in names:
         retain, other = retain_reference(own[name], proc, bench), c.retain_log or own[name].retain_model

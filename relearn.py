@@ -2,14 +2,14 @@
 
     python relearn.py out/demo                                   # fine-tune on 20 % of the forget set, score the other 80 %
     python relearn.py out/demo --attacks=relearn_random,relearn_shortest,int8,int4,nf4,fp4,paraphrase --seeds=0,1,2
-    python relearn.py out/simnpo_s0 out/npo_s0 out/npo_s1 --attacks=relearn_shortest,audits   # one table over runs, and over seeds
+    python relearn.py out/simnpo_s0 out/npo_s0 out/npo_s1 --attacks=int4,audits   # one table over runs, and over seeds
     python relearn.py out/books --steps=100 --eval_at=50,75,100 --fraction=1 --lr=1e-5 --batch_size=4   # MUSE's protocol
     python relearn.py org/model --benchmark=tofu --subset=forget05 --template=llama2 --model=org/target --retain_model=org/retain
 
 The retain model, which never saw any of it, is attacked the same way, once: what it learns is no memory coming back.
-Several runs are attacked alike, with the first one's settings (lr, template, ...), each against its own target and retain model.
-A run's rows go to its relearn.json, its table to relearn.md and .csv, its curves to relearn.png (or below --out); the table over
-several runs to out/relearn.md and .csv.
+Several runs are attacked alike, with the first one's settings (lr, template, ...), each against its own target and retain
+model. A run's rows go to its relearn.json, its table to relearn.md and .csv, its curves to relearn.png (or below --out); the
+table over several runs to out/relearn.md and .csv (or in --out).
 """
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ from configs import Mistake
 @dataclasses.dataclass(frozen=True)
 class Config(unlearn.Config):
     # the attack
-    attacks: tuple[str, ...] = ("relearn_random",)  # relearn_random, _shortest, _longest, int8, int4, nf4, fp4, paraphrase, audits
+    attacks: tuple[str, ...] = ("relearn_random",)  # or _shortest, _longest; int8, int4, nf4, fp4, paraphrase, audits
     fraction: float = 0.2  # relearn: how many of the forget examples are learned again
     examples: int | None = None  # relearn: how many, as a number
     relearn_data: str | None = None  # relearn: fine-tune on these rows instead (benign data)
@@ -55,11 +55,11 @@ class Config(unlearn.Config):
         yield self.relearn_data and not os.path.isfile(self.relearn_data), f"--relearn_data={self.relearn_data}: no such file."
 
 
-# an attack fine-tunes on the plain answers, from the model as it is: what it would ignore is refused, with what to write instead
+# an attack fine-tunes on the plain answers, from the model as it is: what it would ignore is refused
 FIXED = {"forget_loss": "nll", "retain_loss": "none", "forget_weight": 1.0, "audits": False, "resume": False, "save_every": 0.0}
-IGNORED = dict.fromkeys([*FIXED, "retain_weight", "beta", "gamma", "alpha", "beta1", "beta2", "steering_layer", "steering_scale",
-                         "task_vector_scale", "refusals", "alternates", "keep_epochs", "overwrite", "base_model"], "leave it out")
-IGNORED |= {"audits": "write --attacks=audits", "seed": "write --seeds=0,1,2"}
+IGNORED = dict.fromkeys([*FIXED, "retain_weight", "beta", "gamma", "alpha", "beta1", "beta2", "steering_layer", "alternates",
+                         "steering_scale", "task_vector_scale", "refusals", "keep_epochs"], "leave it out") | {
+    "audits": "write --attacks=audits", "seed": "write --seeds=0,1,2"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -94,7 +94,8 @@ class Attacked:
 
 def unseen(records, seen=()):
     """The records that tell what is known of the forget set, but for the questions in `seen`. MUSE: its questions on it."""
-    return [r for r in records or [] if r["set"] in ("forget", "knowmem_f") and (r.get("question") or r.get("answer")) not in seen]
+    records = [r for r in records or [] if r["set"] in ("forget", "knowmem_f")]
+    return [r for r in records if (r.get("question") or r.get("answer")) not in seen]
 
 
 def known(records, seen=()):
@@ -161,7 +162,8 @@ GRIDS = {"int8": torch.arange(-127, 128) / 127, "int4": torch.arange(-7, 8) / 7,
 def round_weights(lm, name, block=64):
     """Round every matrix but embeddings and output head to the grid, each `block` of weights scaled by its largest."""
     grid = GRIDS[name].to(lm.device)
-    kept = {p for m in lm.modules() if isinstance(m, torch.nn.Embedding) or m is lm.get_output_embeddings() for p in m.parameters()}
+    kept = [m for m in lm.modules() if isinstance(m, torch.nn.Embedding)] + [lm.get_output_embeddings()]
+    kept = {p for m in kept for p in m.parameters()}
     for weight in (p for p in lm.parameters() if p.ndim > 1 and p not in kept):  # GPT-2's and fused experts' are no nn.Linear
         flat = weight.flatten()
         blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
@@ -247,10 +249,9 @@ def compare(path, runs, proc):
             after[label][name] = mean.get("unseen_forget_prob", mean.get("forget_prob", mean.get("knowmem_f", 0) / 100))
             if "recovered" in mean:
                 back.setdefault(label, {})[name] = mean["recovered"]
-    tables = {"what is known of the forget set (after relearning: of the rest of it)": after, "recovered": back, "audits": told}
+    tables = {"known of the forget set (after relearning: of the rest of it)": after, "recovered": back, "audits": told}
     arrows = dict.fromkeys(("before unlearning", "unlearned", *ATTACKS), "") | evaluate.ARROWS
-    proc.say("\n" + configs.show_tables({t: rows for t, rows in tables.items() if rows}, arrows, path))
-    proc.say(f"\n{path}.md, {path}.csv")
+    proc.say("\n" + configs.show_tables({t: r for t, r in tables.items() if r}, arrows, path) + f"\n\n{path}.md, {path}.csv")
 
 
 def main(argv):
@@ -263,11 +264,13 @@ def main(argv):
     first = next(filter(None, (configs.read_json(os.path.join(name, "run.json")) for name in names)), {})
     own = {k: first[k] for k in ("lr", "weight_decay", "adam_beta2", "grad_clip", "model") if k in first}
     c = configs.make(Config, own | evaluate.inherit(evaluate.Config, names, given) | given | FIXED)
-    labels = configs.name_runs(names)
-    todo = {n: evaluate.against(n, dataclasses.replace(c, out=configs.place(n, labels, given, len(names))), given) for n in names}
-    for name, a in todo.items():
+    labels, todo = configs.name_runs(names), {}
+    for name in names:
+        a = dataclasses.replace(c, out=configs.place(name, labels, given, len(names)))
+        todo[name] = a = evaluate.against(name, a, given)
         for setting, model in (("model", name), ("model", a.model), ("retain_model", a.retain_model)):
             models.check_name(model or name, setting)
+        configs.writable(a.out)
     proc = evaluate.setup(c)
     bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, split=c.split, holdout="audits" in c.attacks)
     if not c.utility and "forget" in bench.evals:
@@ -276,11 +279,9 @@ def main(argv):
         proc.say("No retain_model: there is no control, so what is relearned cannot be told from what is newly learned.")
     if "paraphrase" in c.attacks and not all("paraphrased_question" in r for r in bench.evals.get("forget", [{}])):
         raise Mistake("--attacks=paraphrase: the forget set has no column paraphrased_question.")
-    if "audits" in c.attacks and not bench.holdout and "privleak_h" not in bench.evals:
-        proc.say("No holdout set: the mia_ scores are left out.")
     references = dataclasses.replace(todo[names[0]], audits="audits" in c.attacks)
     scored = functools.cache(lambda model: evaluate.reference(references, proc, model, bench) if model else None)
-    attacked = functools.cache(lambda retain_model, name, seed: attack(a, name, seed, retain_model))  # a control once, for all runs
+    attacked = functools.cache(lambda control, name, seed: attack(a, name, seed, control))  # once, for all runs
     jobs = [(name, seed) for name in c.attacks for seed in (c.seeds if ATTACKS[name][0] is relearn else c.seeds[:1])]
     compared = {}
     for run, c in todo.items():
@@ -296,7 +297,8 @@ def main(argv):
             report(a, rows)
         compared[a.label] = {"before unlearning": a.target, "unlearned": a.before}, rows, a.label
         if control:
-            compared.setdefault(os.path.basename(os.path.normpath(control)), ({"unlearned": scored(control)}, rows, "retain model"))
+            label = os.path.basename(os.path.normpath(control))
+            compared.setdefault(label, ({"unlearned": scored(control)}, rows, "retain model"))
     if len(names) > 1 and proc.rank == 0:
         compare(os.path.join(given.get("out", "out"), "relearn"), compared, proc)
     models.cleanup()
