@@ -123,7 +123,7 @@ def records_of(out):
 def test_target_simnpo_and_retain_model_come_in_the_right_order_on_all_four_scores(muse, run, capsys):
     target, simnpo, retain = run["target"], run["run"], run["retain"]
     assert set(target) == set(simnpo) == set(retain) == set(SCORES)
-    assert target["verbmem_f"] > 85 > 75 > max(simnpo["verbmem_f"], retain["verbmem_f"])
+    assert target["verbmem_f"] > 80 > 75 > max(simnpo["verbmem_f"], retain["verbmem_f"])
     assert target["knowmem_f"] > 60 > 45 > max(simnpo["knowmem_f"], retain["knowmem_f"])
     assert min(target["knowmem_r"], simnpo["knowmem_r"], retain["knowmem_r"]) > 50
     assert target["privleak"] < -90 < -60 < simnpo["privleak"] and retain["privleak"] == 0
