@@ -52,6 +52,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     micro_batch_tokens: int = 4096  # padded tokens a process computes at once: memory, never the result
     dtype: Literal["fp32", "bf16"] = "fp32"  # bf16 = autocast over float32 weights
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: fsdp = every GPU holds its part of the model, not all of it
     # scoring
     eval_every: float = 1.0  # epochs between scores in a run; 0 = train only, score nothing
     eval_at: tuple[int, ...] = ()  # score at these optimizer steps instead
@@ -88,6 +89,7 @@ class Config:
         for name in ("max_length", "micro_batch_tokens", "eval_rows", "max_new_tokens"):
             value, least = getattr(self, name), 2 if name == "max_length" else 1
             yield value is not None and value < least, f"--{name}={value}: must be at least {least}."
+        yield self.audits and self.parallel == "fsdp", "--audits=True: needs whole gradients, so --parallel=ddp."
         yield not 0 <= self.eval_every < float("inf"), f"--eval_every={self.eval_every}: must be 0 or more."
         for name in ("forget_data", "retain_data", "retain_log"):
             path = getattr(self, name)
@@ -570,7 +572,7 @@ def main(argv):
     labels = configs.name_runs(names)
     places = {name: place(name, labels, given, len(names)) for name in names}
     c = dataclasses.replace(c, out=places[names[0]])
-    proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark in ("demo", "markov") else None)
+    proc = models.setup(c.device, c.dtype, c.parallel, threads=1 if c.benchmark in ("demo", "markov") else None)
     if question:
         return ask(question[0], names, c, proc)
     if len(logs) < len(names):

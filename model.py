@@ -19,6 +19,9 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
+from torch.distributed.checkpoint import state_dict as sharded_state
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import configs
@@ -40,6 +43,12 @@ class Process:
     world: int
     device: torch.device
     dtype: str = "fp32"  # bf16: matrix products in bfloat16 under autocast, weights stay float32
+    parallel: str = "ddp"  # what `world` processes share: fsdp = weights, gradients and optimizer state too
+
+    @property
+    def sharded(self):
+        """Every forward then needs all processes: nobody may run one more than the others."""
+        return self.parallel == "fsdp" and self.world > 1
 
     def autocast(self):
         on = self.dtype == "bf16"
@@ -58,6 +67,18 @@ class Process:
         dist.all_gather_object(items, item)
         return items
 
+    def share(self, batches):
+        """The batches of this rank; equally many for every rank of a sharded model, some then computed twice, alike."""
+        n = -(-len(batches) // self.world) * self.world if self.sharded else len(batches)
+        return [batches[i % len(batches)] for i in range(self.rank, n, self.world)]
+
+    def anyone(self, going):
+        """Does a process still have to go on, this one or, of a sharded model, any?"""
+        flag = torch.tensor(float(bool(going)), device=self.device)
+        if self.sharded:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
     def barrier(self):
         if self.world > 1:
             dist.barrier()
@@ -67,7 +88,7 @@ class Process:
             tqdm.write(" ".join(str(w) for w in words))
 
 
-def setup(device="auto", dtype="fp32", threads=None):
+def setup(device="auto", dtype="fp32", parallel="ddp", threads=None):
     """Find this process's place and device. `threads`: a tiny model runs faster, and the same everywhere, on one."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
@@ -85,7 +106,7 @@ def setup(device="auto", dtype="fp32", threads=None):
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # ranks wait while rank 0 writes 7B models
-    return Process(rank, world, torch.device(device), dtype)
+    return Process(rank, world, torch.device(device), dtype, parallel)
 
 
 def cleanup():
@@ -130,8 +151,25 @@ def from_pretrained(auto, name, **options):
 
 def load_model(name, proc):
     """A causal language model in float32, dropout off. Safetensors only; no code of the repository is run."""
-    lm = from_pretrained(transformers.AutoModelForCausalLM, name, dtype=torch.float32, use_safetensors=True)
-    return without_dropout(lm).to(proc.device).eval()
+    turns = int(os.environ["LOCAL_WORLD_SIZE"]) if proc.sharded else 1
+    for turn in range(turns):  # one after another: a rank has the whole model in CPU memory while it cuts out its part
+        if turns == 1 or turn == int(os.environ["LOCAL_RANK"]):
+            lm = from_pretrained(transformers.AutoModelForCausalLM, name, dtype=torch.float32, use_safetensors=True)
+            lm = place(without_dropout(lm), proc)
+        if proc.sharded:
+            proc.barrier()
+    return lm
+
+
+def place(lm, proc):
+    """On its device; with parallel=fsdp each process keeps its part of every decoder layer, and of the rest."""
+    if proc.sharded:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if proc.dtype == "bf16" else MixedPrecisionPolicy()
+        decoder = lm.get_decoder()
+        for module in [*(getattr(decoder, "layers", None) or decoder.h), lm]:  # moved layer by layer, never whole
+            fully_shard(module, mesh=init_device_mesh(proc.device.type, (proc.world,)), mp_policy=policy)
+        lm.register_forward_hook(lambda root, *_: None if torch.is_grad_enabled() else root.reshard())  # no backward will
+    return lm.to(proc.device).eval()
 
 
 def load_tokenizer(name):
@@ -156,7 +194,7 @@ def tiny_llama(tokenizer, proc, seed, hidden=64, layers=2, heads=4):
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return without_dropout(transformers.LlamaForCausalLM(config)).to(proc.device).eval()
+        return place(without_dropout(transformers.LlamaForCausalLM(config)), proc)
 
 
 def tiny_gpt2(tokenizer, proc, seed, hidden=128, layers=4):
@@ -174,7 +212,7 @@ def tiny_gpt2(tokenizer, proc, seed, hidden=128, layers=4):
         lm = transformers.GPT2LMHeadModel(config)
         lm.transformer.wte.reset_parameters()  # standard normal
         lm.transformer.wpe.reset_parameters()
-    return lm.to(proc.device).eval()
+    return place(lm, proc)
 
 
 def check_fit(lm, tokenizer, name):
@@ -238,12 +276,24 @@ def negate(lm, start, scale):
         p.copy_(q - scale * (p - q))
 
 
-def save_model(lm, tokenizer, out):
-    """Write weights, config and tokenizer into `out`; files appear under their names only when they are complete."""
+WHOLE = sharded_state.StateDictOptions(full_state_dict=True, cpu_offload=True)  # all ranks ask, rank 0 gets it
+
+
+def save_model(lm, tokenizer, out, proc=None):
+    """Write weights, config and tokenizer into `out`; files appear under their names only when they are complete.
+
+    All processes call it, and rank 0 writes.
+    """
+    state = merged(lm)
+    if proc and proc.sharded:
+        once = {name for name, _ in lm.named_parameters()}  # what is tied is written once
+        state = {k: v for k, v in sharded_state.get_model_state_dict(lm, options=WHOLE).items() if k in once}
+    if proc and proc.rank > 0:
+        return
     part = os.path.join(out, ".saving")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        lm.save_pretrained(part, state_dict=merged(lm))
+        lm.save_pretrained(part, state_dict=state)
         tokenizer.save_pretrained(part)
         for name in sorted(os.listdir(part), key=lambda n: n == "config.json"):  # config.json last: it marks a whole model
             with open(os.path.join(part, name), "rb") as f:
@@ -283,6 +333,7 @@ def memory_gb(device):
 
 def checkpoint(c, proc, scorer, optimizer, scheduler, step):
     """Everything needed to go on, in <out>/checkpoint. The old one leaves only when the new one is whole and on disk."""
+    model, optimizer = sharded_state.get_state_dict(scorer, optimizer, options=WHOLE)
     if proc.rank == 0:
         here, new, old = (os.path.join(c.out, name) for name in configs.CHECKPOINTS)
         try:
@@ -290,8 +341,7 @@ def checkpoint(c, proc, scorer, optimizer, scheduler, step):
             os.makedirs(new)
             path = os.path.join(new, "state.pt")
             with open(path, "wb") as f:
-                torch.save({"step": step, "model": scorer.state_dict(), "optimizer": optimizer.state_dict(),
-                            "scheduler": scheduler.state_dict()}, f)
+                torch.save({"step": step, "model": model, "optimizer": optimizer, "scheduler": scheduler.state_dict()}, f)
                 f.flush()
                 os.fsync(f.fileno())
             configs.write(os.path.join(new, "sha256"), configs.file_digest(path))
@@ -318,9 +368,9 @@ def restore(c, scorer, optimizer, scheduler):
         if not os.path.isfile(digest) or open(digest).read() != configs.file_digest(path):
             damaged = damaged or path
             continue
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        scorer.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # a rank reads its part only
+        sharded_state.set_state_dict(scorer, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                                     options=WHOLE)
         scheduler.load_state_dict(state["scheduler"])
         return state["step"]
     if damaged:
@@ -330,8 +380,7 @@ def restore(c, scorer, optimizer, scheduler):
 
 def finish(c, proc, scorer, tokenizer, report=None):
     """The model first, then what report() writes, then the mark that says so; only now is the checkpoint not needed."""
-    if proc.rank == 0:
-        save_model(scorer.lm, tokenizer, c.out)
+    save_model(scorer.lm, tokenizer, c.out, proc)
     if report:
         report()
     if proc.rank == 0:
@@ -480,7 +529,7 @@ def score(scorer, examples, proc, budget, read=token_logps, title=None):
     """
     batches = cut([(1, len(e.ids)) for e in examples], budget)
     mine = {}
-    for batch in tqdm(batches[proc.rank::proc.world], desc=title, disable=proc.rank > 0 or not title or None, leave=False):
+    for batch in tqdm(proc.share(batches), desc=title, disable=proc.rank > 0 or not title or None, leave=False):
         ids, rows, labels, counts = collate([examples[i] for i in batch], proc.device)
         with proc.autocast():
             logits, _ = scorer(ids, rows)
@@ -504,16 +553,17 @@ def generate(lm, tokenizer, prompts, max_new_tokens, proc, budget, title=None):
     """
     batches = cut([(1, len(p) + max_new_tokens) for p in prompts], budget)
     mine = {}
-    for batch in tqdm(batches[proc.rank::proc.world], desc=title, disable=proc.rank > 0 or not title or None, leave=False):
+    for batch in tqdm(proc.share(batches), desc=title, disable=proc.rank > 0 or not title or None, leave=False):
         with proc.autocast():
             mine |= dict(zip(batch, continue_batch(lm, [prompts[i] for i in batch], max_new_tokens,
-                                                   stop_ids(lm, tokenizer), proc.device)))
+                                                   stop_ids(lm, tokenizer), proc)))
     merged = {i: v for part in proc.gather(mine) for i, v in part.items()}
     return tokenizer.batch_decode([merged[i] for i in range(len(prompts))], skip_special_tokens=True)
 
 
-def continue_batch(lm, prompts, max_new_tokens, stop, device):
+def continue_batch(lm, prompts, max_new_tokens, stop, proc):
     """[new ids] a prompt, up to and including the first id in `stop`."""
+    device = proc.device
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)            # (S, T)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -529,13 +579,14 @@ def continue_batch(lm, prompts, max_new_tokens, stop, device):
         going = ~torch.isin(ids, stop)
         for row, token in zip(rows, ids.tolist()):
             new[row].append(token)
-        keep = going.nonzero()[:, 0]
-        if len(keep) == 0:
+        rows = [row for row, more in zip(rows, going.tolist()) if more]
+        if not proc.anyone(rows):
             break
-        if len(keep) < len(rows):
+        keep = going.nonzero()[:, 0] if rows else torch.zeros(1, dtype=torch.long, device=device)  # only goes along
+        if len(keep) < len(ids):
             cache.batch_select_indices(keep)
-            ids, mask, position, rows = ids[keep], mask[keep], position[keep], [rows[i] for i in keep.tolist()]
+            ids, mask, position = ids[keep], mask[keep], position[keep]
         ids = ids[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        mask = torch.cat([mask, mask.new_ones(len(ids), 1)], 1)
         position = position[:, -1:] + 1
     return new

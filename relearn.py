@@ -44,6 +44,7 @@ class Config(unlearn.Config):
         yield wrong or not self.attacks, f"--attacks={','.join(self.attacks)}: any of {', '.join(ATTACKS)}."
         yield not 0 < self.fraction <= 1, f"--fraction={self.fraction}: must be above 0 and at most 1."
         yield self.examples is not None and self.examples < 1, f"--examples={self.examples}: must be at least 1."
+        yield self.parallel == "fsdp" and set(self.attacks) & set(GRIDS), "--attacks: rounding needs whole weights: --parallel=ddp."
         yield not self.seeds, "--seeds=: name at least one."
         yield self.benchmark == "markov", "--benchmark=markov: relearn.py has no attack on Markov chains."
         yield self.relearn_data and not os.path.isfile(self.relearn_data), f"--relearn_data={self.relearn_data}: no such file."
@@ -213,7 +214,7 @@ def main(argv):
         if given.get(setting):
             models.check_name(given[setting], setting)
     c = configs.make(Config, own | evaluate.inherit(evaluate.Config, names, given) | given | fixed)
-    proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark == "demo" else None)
+    proc = models.setup(c.device, c.dtype, c.parallel, threads=1 if c.benchmark == "demo" else None)
     labels = configs.name_runs(names)
     bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, split=c.split)
     if not c.utility and "forget" in bench.evals:

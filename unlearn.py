@@ -7,7 +7,6 @@
 A step takes batch_size forget and as many retain examples; loss = forget_weight * forget_loss + retain_weight * retain_loss.
 Settings: a config file of plain assignments, then --key=value; later words win.
 """
-import copy
 import dataclasses
 import importlib.util
 import math
@@ -109,6 +108,8 @@ class Config(evaluate.Config):
         yield self.forget_loss == "altpo" and not self.alternates, "--forget_loss=altpo: give --alternates=FILE."
         yield self.forget_loss == "task_vector" and (self.retain_loss != "none" or self.resume or self.lora_rank), (
             "--forget_loss=task_vector: reads no retain set and has no --resume and no --lora_rank; write --retain_loss=none.")
+        yield self.parallel == "fsdp" and (self.lora_rank or self.forget_loss == "task_vector"), (
+            "--parallel=fsdp: trains the weights themselves; --lora_rank and --forget_loss=task_vector need --parallel=ddp.")
         yield self.forget_data and not self.retain_data and self.retain_loss != "none" and self.benchmark != "muse", (
             f"--forget_data={self.forget_data}: give --retain_data too, or --retain_loss=none.")
 
@@ -200,7 +201,9 @@ class Reference:
                 scored = models.score(scorer, examples[kind], proc, c.micro_batch_tokens, title="reference")
                 self.kept[kind] = [torch.tensor(t[:, 0], dtype=torch.float32, device=proc.device) for t in scored]
         if any(m.ref == "model" for m in methods):
-            self.frozen = copy.deepcopy(scorer).requires_grad_(False).eval()
+            self.frozen = models.Scorer(models.load_model(c.model, proc)).requires_grad_(False)  # sharded like the other
+            if scorer.layer is not None:
+                self.frozen.watch(scorer.layer)
 
     @torch.no_grad()
     def scores(self, batch, sequences, logits):
@@ -279,20 +282,20 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
     reads_hidden = any(m and m.hidden for m in (method, retain_method))
     if reads_hidden:
         scorer.watch(c.steering_layer)
-    reference = Reference(scorer, examples, c, proc)
     if c.lora_rank:
         models.add_lora(scorer.lm, c.lora_rank, c.seed)
     if c.train_only:
         models.freeze(scorer.lm, c.train_only)
-    parameters = [p for p in scorer.parameters() if p.requires_grad]
+    parameters = [p for p in scorer.parameters() if p.requires_grad]  # before any forward: a sharded model gathers its own
     optimizer = optimizer_of(scorer, c)
+    reference = Reference(scorer, examples, c, proc)
     scheduler = transformers.get_scheduler(c.schedule if c.schedule != "constant" else "constant_with_warmup", optimizer,
                                            num_warmup_steps=math.floor(c.warmup * steps + 1e-9), num_training_steps=steps)
     if c.activation_checkpointing:
         scorer.lm.gradient_checkpointing_enable({"use_reentrant": False})
         scorer.train()  # there is no dropout; transformers recomputes only in this mode
     forward = torch.compile(scorer, dynamic=True) if c.compile else scorer
-    if proc.world > 1:
+    if proc.world > 1 and not proc.sharded:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, broadcast_buffers=False,
                                           find_unused_parameters=reads_hidden)  # layers above the steered one
     first = models.restore(c, scorer, optimizer, scheduler) if c.resume else 0
@@ -314,7 +317,7 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
             totals = torch.zeros(2, device=proc.device)
             for i, pieces in enumerate(rounds):
                 piece = pieces[proc.rank]
-                if proc.world > 1:  # all-reduce gradients on the last backward only
+                if isinstance(forward, DistributedDataParallel):  # all-reduce gradients on the last backward only
                     forward.require_backward_grad_sync = i == len(rounds) - 1
                 with proc.autocast():
                     loss, *parts = step_loss(forward, reference, piece or [units[0]], examples, c, n_forget, n_retain, proc.device)
@@ -322,8 +325,9 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
                     loss = loss * 0
                 else:
                     totals += torch.stack(parts).detach()
-                (loss * proc.world).backward()  # times world, for DDP averages over ranks
+                (loss * proc.world).backward()  # times world, for DDP and FSDP average over ranks
             norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip or math.inf)
+            norm = norm.full_tensor() if proc.sharded else norm
             if proc.world > 1:
                 torch.distributed.all_reduce(totals)
             forget_loss, retain_loss, norm = torch.cat([totals, norm[None]]).tolist()  # the step's one host sync
@@ -475,7 +479,7 @@ def main(argv):
     if names:
         raise Mistake(f"{names[0]}: not a config file (*.py) and not --key=value.")
     check_models(c)
-    proc = models.setup(c.device, c.dtype, threads=1 if c.benchmark in ("demo", "markov") else None)
+    proc = models.setup(c.device, c.dtype, c.parallel, threads=1 if c.benchmark in ("demo", "markov") else None)
     if configs.claim(c, proc):
         proc.say(f"{c.out} is finished; --overwrite=True runs it again.")
         table = os.path.join(c.out, "table.txt")
@@ -507,8 +511,8 @@ def main(argv):
             last["target"] = scores, records
         else:
             scores, records = evaluate.evaluate(scorer, tokenizer, bench, scoring, proc, retain)
-            if c.keep_epochs and proc.rank == 0:
-                models.save_model(scorer.lm, tokenizer, os.path.join(c.out, f"epoch_{epoch:g}"))
+            if c.keep_epochs:
+                models.save_model(scorer.lm, tokenizer, os.path.join(c.out, f"epoch_{epoch:g}"), proc)
         last["run"] = scores, records
         proc.say(f"epoch {epoch:g}: " + ", ".join(f"{k} {configs.number(v)}" for k, v in scores.items()
                                                   if k in evaluate.BENCHMARKS[c.benchmark].headline))

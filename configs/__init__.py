@@ -310,7 +310,8 @@ def describe(c, proc):
 
 
 RESULTS = ("config.json", "scores.json", "examples.jsonl", "table.txt", "trajectory.png", "relearn.json", "relearn.png")
-ANY_TIME = {"out", "overwrite", "resume", "wandb", "device", "micro_batch_tokens"}  # these do not change a result
+ANY_TIME = {"out", "overwrite", "resume", "wandb", "device", "micro_batch_tokens", "parallel", "plan",
+            "activation_checkpointing", "compile"}  # these do not change a result
 CHECKPOINTS = ("checkpoint", "checkpoint.new", "checkpoint.old")  # a kill between two renames leaves one of the others
 
 
