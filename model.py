@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import state_dict as sharded_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -268,6 +269,14 @@ def freeze(lm, pattern):
         p.requires_grad_(name in hits)
 
 
+def adapt(lm, c):
+    """What is trained of a model: all of it, adapters, or the parameters that are named."""
+    if c.lora_rank:
+        add_lora(lm, c.lora_rank, c.seed)
+    if c.train_only:
+        freeze(lm, c.train_only)
+
+
 @torch.no_grad()
 def negate(lm, start, scale):
     """Task vector (arXiv 2212.04089): weights = start - scale * (weights - start); start: the model they were trained from."""
@@ -329,6 +338,46 @@ def memory_gb(device):
         return torch.cuda.max_memory_allocated() / 1e9
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def memory_plan(name, c, proc, examples, second):
+    """{what: GB of a process} of a step with AdamW, told by shapes: no weight is loaded.
+
+    examples: its largest micro-batch; second: is a frozen model held too. Activations are what autograd keeps of a forward.
+    """
+    config, kept, half = from_pretrained(transformers.AutoConfig, name), {}, c.dtype == "bf16"
+    ids, rows, _, _ = collate(examples, "cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True):  # tensors without storage
+        lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if half and proc.sharded else torch.float32)
+        adapt(lm, c)
+        shapes = {tuple(sorted(p.shape)) for p in lm.parameters()}  # weights and copies of them are counted below
+
+        def keep(t):
+            if tuple(sorted(t.shape)) not in shapes:
+                kept[t.untyped_storage()._cdata] = t
+            return t
+
+        with Process(0, 1, torch.device("cpu"), c.dtype).autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            Scorer(lm)(ids, rows)
+        activations = sum(t.untyped_storage().nbytes() for t in kept.values())
+    layers, share = config.get_text_config().num_hidden_layers, proc.world if proc.sharded else 1
+    if c.activation_checkpointing:  # one layer's, and every layer's input
+        activations = activations / layers + layers * ids.numel() * lm.get_input_embeddings().weight.shape[1] * 4
+    every, trained = (sum(p.numel() for p in lm.parameters() if p.requires_grad >= least) for least in (False, True))
+    rest = sum(p.numel() for p in {lm.get_input_embeddings().weight, lm.get_output_embeddings().weight})
+    # autocast copies all weights during a forward; a sharded model gathers embeddings, head and three layers at a time
+    copied = rest + 3 * (every - rest) // layers if proc.sharded else every * half
+    plan = {"weights": 4 * every * (1 + second) / share + (2 if half else 4) * copied, "gradients": 4 * trained / share,
+            "optimizer": 8 * trained / share, "activations": activations,
+            "logits": (3 + 1.5 * second) * 4 * len(rows) * lm.get_output_embeddings().weight.shape[0]}
+    return {what: size / 1e9 for what, size in plan.items()}
+
+
+def capacity_gb(proc):
+    """Memory of this process's GPU, or its part of this machine's."""
+    if proc.device.type == "cuda":
+        return torch.cuda.mem_get_info(proc.device)[1] / 1e9
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def checkpoint(c, proc, scorer, optimizer, scheduler, step):

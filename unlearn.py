@@ -72,6 +72,7 @@ class Config(evaluate.Config):
     compile: bool = False  # torch.compile
     save_every: float = 0.0  # epochs between checkpoints to resume from; 0 = none
     keep_epochs: bool = False  # keep a loadable model at every score, in <out>/epoch_<n>
+    plan: bool = False  # say what memory a step takes, and stop
     resume: bool = False  # go on from <out>/checkpoint; without one, begin
     wandb: str | None = None  # a Weights & Biases project to log to as well (pip install wandb)
 
@@ -263,6 +264,28 @@ def due(step, steps, every, at, per_epoch):
     return bool(every) and (bool(crossed) or step == steps)
 
 
+def begin(c, proc, name, **sets):
+    """(scorer, tokenizer, examples) of a run that starts from the model `name`; --plan=True: no scorer.
+
+    What memory a step takes is said before any weight is loaded.
+    """
+    tokenizer = evaluate.load_tokenizer(name, c)
+    examples, _ = encode_sets(c, tokenizer, proc, **sets)
+    windows = data.stream(len(examples["forget"]), len(examples["retain"]), c.batch_size, 20, c.seed, c.shuffle)
+    dealt = [piece for w in windows for pieces in models.deal(units_of(w, c), examples, c.micro_batch_tokens, proc.world)
+             for piece in pieces if piece]
+    largest = max(([examples[kind][i] for unit in piece for kind, i in unit] for piece in dealt),
+                  key=lambda batch: sum(len(e.ids) for e in batch))
+    second = any(m and m.ref == "model" for m in (FORGET[c.forget_loss], RETAIN[c.retain_loss]))
+    needs, has = models.memory_plan(name, c, proc, largest, second), models.capacity_gb(proc)
+    told = f"{sum(needs.values()):.1f} of {has:.1f} GB a process: " + ", ".join(f"{k} {v:.1f}" for k, v in needs.items())
+    if sum(needs.values()) > 1.15 * has:
+        raise Mistake(f"--model={name}: a step does not fit, it takes {told}; lower --micro_batch_tokens, or set "
+                      "--activation_checkpointing=True, or --parallel=fsdp on more GPUs.")
+    proc.say(f"a step takes about {told}")
+    return None if c.plan else evaluate.load(name, c, proc)[0], tokenizer, examples
+
+
 def optimizer_of(model, c):
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
@@ -282,10 +305,7 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
     reads_hidden = any(m and m.hidden for m in (method, retain_method))
     if reads_hidden:
         scorer.watch(c.steering_layer)
-    if c.lora_rank:
-        models.add_lora(scorer.lm, c.lora_rank, c.seed)
-    if c.train_only:
-        models.freeze(scorer.lm, c.train_only)
+    models.adapt(scorer.lm, c)
     parameters = [p for p in scorer.parameters() if p.requires_grad]  # before any forward: a sharded model gathers its own
     optimizer = optimizer_of(scorer, c)
     reference = Reference(scorer, examples, c, proc)
@@ -421,10 +441,10 @@ def make(f, proc, rows, title):
         tokenizer = data.markov_tokenizer() if markov else data.demo_tokenizer()
         data.check_tokenizer(tokenizer, TINY, f.template)
         scorer = models.Scorer((models.tiny_gpt2 if markov else models.tiny_llama)(tokenizer, proc, f.seed))
+        examples, _ = encode_sets(f, tokenizer, proc, forget=rows, retain=[])
     else:
-        scorer, tokenizer = evaluate.load(f.base_model, f, proc)
+        scorer, tokenizer, examples = begin(f, proc, f.base_model, forget=rows, retain=[])
     configs.start(f, proc)
-    examples, _ = encode_sets(f, tokenizer, proc, forget=rows, retain=[])
     train(f, proc, scorer, examples, title=title)
     models.finish(f, proc, scorer, tokenizer)
 
@@ -480,15 +500,18 @@ def main(argv):
         raise Mistake(f"{names[0]}: not a config file (*.py) and not --key=value.")
     check_models(c)
     proc = models.setup(c.device, c.dtype, c.parallel, threads=1 if c.benchmark in ("demo", "markov") else None)
-    if configs.claim(c, proc):
+    if not c.plan and configs.claim(c, proc):
         proc.say(f"{c.out} is finished; --overwrite=True runs it again.")
         table = os.path.join(c.out, "table.txt")
         return proc.say(open(table, encoding="utf8").read()) if os.path.isfile(table) else None
     bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, score=c.eval_every > 0 or bool(c.eval_at),
                       split=c.split)
-    prepare(c, proc, bench)
-    scorer, tokenizer = evaluate.load(c.model, c, proc)
-    examples, _ = encode_sets(c, tokenizer, proc, forget=bench.forget, retain=bench.retain)
+    if not c.plan or c.base_model == TINY:
+        prepare(c, proc, bench)
+    start = c.base_model if to_be_made(c, c.model) else c.model
+    scorer, tokenizer, examples = begin(c, proc, start, forget=bench.forget, retain=bench.retain)
+    if c.plan:
+        return models.cleanup()
     steps = n_steps(c, len(examples["forget"]))
     proc.say(f"{c.out}: {c.forget_loss} (weight {c.forget_weight:g}) and {c.retain_loss} on retain (weight {c.retain_weight:g}), "
              f"{len(examples['forget'])} forget and {len(examples['retain'])} retain examples, {steps} steps of {c.batch_size} "

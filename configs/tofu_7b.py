@@ -26,6 +26,7 @@ weight_decay = 0.01
 grad_clip = 0.0         # its DeepSpeed config names no gradient clipping
 seed = 1001
 dtype = "bf16"
+parallel = "fsdp"        # on one GPU nothing is shared
 activation_checkpointing = True
 max_length = 500        # its scores cut at 200, which no TOFU answer reaches
 eval_every = 2
