@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import os
 import re
@@ -72,13 +73,6 @@ class Process:
         """The batches of this rank; equally many for every rank of a sharded model, some then computed twice, alike."""
         n = -(-len(batches) // self.world) * self.world if self.sharded else len(batches)
         return [batches[i % len(batches)] for i in range(self.rank, n, self.world)]
-
-    def anyone(self, going):
-        """Does a process still have to go on, this one or, of a sharded model, any?"""
-        flag = torch.tensor(float(bool(going)), device=self.device)
-        if self.sharded:
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
 
     def barrier(self):
         if self.world > 1:
@@ -157,8 +151,7 @@ def load_model(name, proc):
         if turns == 1 or turn == int(os.environ["LOCAL_RANK"]):
             lm = from_pretrained(transformers.AutoModelForCausalLM, name, dtype=torch.float32, use_safetensors=True)
             lm = place(without_dropout(lm), proc)
-        if proc.sharded:
-            proc.barrier()
+        proc.barrier()
     return lm
 
 
@@ -166,8 +159,7 @@ def place(lm, proc):
     """On its device; with parallel=fsdp each process keeps its part of every decoder layer, and of the rest."""
     if proc.sharded:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if proc.dtype == "bf16" else MixedPrecisionPolicy()
-        decoder = lm.get_decoder()
-        for module in [*(getattr(decoder, "layers", None) or decoder.h), lm]:  # moved layer by layer, never whole
+        for module in [*(getattr(lm.get_decoder(), "layers", None) or lm.get_decoder().h), lm]:  # moved one by one
             fully_shard(module, mesh=init_device_mesh(proc.device.type, (proc.world,)), mp_policy=policy)
         lm.register_forward_hook(lambda root, *_: None if torch.is_grad_enabled() else root.reshard())  # no backward will
     return lm.to(proc.device).eval()
@@ -345,39 +337,34 @@ def memory_plan(name, c, proc, examples, second):
 
     examples: its largest micro-batch; second: is a frozen model held too. Activations are what autograd keeps of a forward.
     """
-    config, kept, half = from_pretrained(transformers.AutoConfig, name), {}, c.dtype == "bf16"
+    half, world, kept = c.dtype == "bf16", proc.world if proc.sharded else 1, []
     ids, rows, _, _ = collate(examples, "cpu")
+    config = from_pretrained(transformers.AutoConfig, name)
     with FakeTensorMode(allow_non_fake_inputs=True):  # tensors without storage
-        lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if half and proc.sharded else torch.float32)
+        dtype = torch.bfloat16 if half and proc.sharded else torch.float32
+        lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         adapt(lm, c)
         shapes = {tuple(sorted(p.shape)) for p in lm.parameters()}  # weights and copies of them are counted below
-
-        def keep(t):
-            if tuple(sorted(t.shape)) not in shapes:
-                kept[t.untyped_storage()._cdata] = t
-            return t
-
-        with Process(0, 1, torch.device("cpu"), c.dtype).autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+        with Process(0, 1, torch.device("cpu"), c.dtype).autocast(), hooks:
             Scorer(lm)(ids, rows)
-        activations = sum(t.untyped_storage().nbytes() for t in kept.values())
-    layers, share = config.get_text_config().num_hidden_layers, proc.world if proc.sharded else 1
+        stored = {s._cdata: s.nbytes() for t in kept if tuple(sorted(t.shape)) not in shapes for s in [t.untyped_storage()]}
+    layers, (vocabulary, width) = config.get_text_config().num_hidden_layers, lm.get_output_embeddings().weight.shape
+    activations = sum(stored.values())
     if c.activation_checkpointing:  # one layer's, and every layer's input
-        activations = activations / layers + layers * ids.numel() * lm.get_input_embeddings().weight.shape[1] * 4
+        activations = activations / layers + layers * ids.numel() * width * 4
     every, trained = (sum(p.numel() for p in lm.parameters() if p.requires_grad >= least) for least in (False, True))
-    rest = sum(p.numel() for p in {lm.get_input_embeddings().weight, lm.get_output_embeddings().weight})
     # autocast copies all weights during a forward; a sharded model gathers embeddings, head and three layers at a time
-    copied = rest + 3 * (every - rest) // layers if proc.sharded else every * half
-    plan = {"weights": 4 * every * (1 + second) / share + (2 if half else 4) * copied, "gradients": 4 * trained / share,
-            "optimizer": 8 * trained / share, "activations": activations,
-            "logits": (3 + 1.5 * second) * 4 * len(rows) * lm.get_output_embeddings().weight.shape[0]}
-    return {what: size / 1e9 for what, size in plan.items()}
+    gathered = (4 - 2 * half) * (2 * vocabulary * width + 3 * every // layers) if proc.sharded else 2 * half * every
+    logits = (3 + 1.5 * second) * 4 * len(rows) * vocabulary  # them, their log-probs and gradients, as measured
+    sizes = (4 * every * (1 + second) / world + gathered, 4 * trained / world, 8 * trained / world, activations, logits)
+    return dict(zip(("weights", "gradients", "optimizer", "activations", "logits"), (size / 1e9 for size in sizes)))
 
 
 def capacity_gb(proc):
     """Memory of this process's GPU, or its part of this machine's."""
-    if proc.device.type == "cuda":
-        return torch.cuda.mem_get_info(proc.device)[1] / 1e9
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return (torch.cuda.mem_get_info(proc.device)[1] if proc.device.type == "cuda" else machine) / 1e9
 
 
 def checkpoint(c, proc, scorer, optimizer, scheduler, step):
@@ -475,11 +462,11 @@ class Scorer(nn.Module):
             out = out[0] if isinstance(out, tuple) else out
             self.hidden = out.flatten(0, 1)[self.rows + 1]  # at the answer tokens themselves, not where they are predicted
 
-    def forward(self, ids, rows, logits=True):
-        """logits=False: nobody reads them, the head is given no rows."""
+    def forward(self, ids, rows, logits=True, **more):
+        """logits=False: nobody reads them, the head is given no rows. more: masks and positions, of packed rows."""
         self.rows, self.hidden, self.logits = rows, None, logits
         try:
-            return self.lm(input_ids=ids, use_cache=False).logits, self.hidden  # (n, V), (n, D) or None
+            return self.lm(input_ids=ids, use_cache=False, **more).logits, self.hidden  # (n, V), (n, D) or None
         finally:
             self.rows = None
 
@@ -533,6 +520,30 @@ def collate(examples, device):
     return ids.to(device), rows.to(device), labels.to(device), [len(e.ids) - e.start for e in examples]
 
 
+def sharing(lm, examples):
+    """Indices of examples, in groups of neighbours with the same prompt, as a question's answers are, where that pays."""
+    able = lm.config._attn_implementation == "sdpa" and not getattr(lm.config, "sliding_window", None)  # takes any mask
+    prompts = [tuple(e.ids[:e.start]) if able and e.start >= 8 else i for i, e in enumerate(examples)]
+    return [list(group) for _, group in itertools.groupby(range(len(examples)), prompts.__getitem__)]
+
+
+def pack(groups, device):
+    """collate of groups of examples: a row holds their prompt once, then all their answers, each seeing it and itself."""
+    lines, rows = [], []  # lines: (id, position, whose: 0 = the prompt, 1, 2, ... = an answer) of each token
+    width = max(g[0].start + sum(len(e.ids) - e.start for e in g) for g in groups)
+    for g in groups:
+        start, first = g[0].start, len(lines) * width
+        line = [(t, at, 0) for at, t in enumerate(g[0].ids[:start])]
+        for whose, e in enumerate(g, 1):
+            rows += [first + start - 1, *range(first + len(line), first + len(line) + len(e.ids) - start - 1)]
+            line += [(t, at, whose) for at, t in enumerate(e.ids[start:], start)]
+        lines.append(line + [(0, 0, -1)] * (width - len(line)))
+    ids, position, whose = torch.tensor(lines, device=device).unbind(-1)  # (S, T) each
+    mask = ((whose[:, :, None] == whose[:, None]) | (whose[:, None] == 0)).tril()[:, None]  # (S, 1, T, T), True = sees
+    _, _, labels, counts = collate([e for g in groups for e in g], device)
+    return ids, torch.tensor(rows, device=device), labels, counts, {"attention_mask": mask, "position_ids": position}
+
+
 def cut(sizes, budget):
     """Indices of `sizes` [(rows, length)], longest first, in batches of at most `budget` padded tokens (or one item)."""
     batches, rows, width = [], 0, 0
@@ -576,12 +587,14 @@ def score(scorer, examples, proc, budget, read=token_logps, title=None):
 
     Whole length-sorted batches are dealt to ranks, so nothing depends on the number of processes.
     """
-    batches = cut([(1, len(e.ids)) for e in examples], budget)
-    mine = {}
+    groups, mine = sharing(scorer.lm, examples), {}
+    batches = cut([(1, len(examples[g[0]].ids) + sum(len(examples[i].ids) - examples[i].start for i in g[1:])) for g in groups], budget)
     for batch in tqdm(proc.share(batches), desc=title, disable=proc.rank > 0 or not title or None, leave=False):
-        ids, rows, labels, counts = collate([examples[i] for i in batch], proc.device)
+        of, batch = [[examples[i] for i in groups[g]] for g in batch], [i for g in batch for i in groups[g]]
+        ids, rows, labels, counts, more = pack(of, proc.device) if len(batch) > len(of) else (
+            *collate([examples[i] for i in batch], proc.device), {})
         with proc.autocast():
-            logits, _ = scorer(ids, rows)
+            logits, _ = scorer(ids, rows, **more)
         values = read(logits, labels).double().cpu().split(counts)
         mine |= {i: v.numpy() for i, v in zip(batch, values)}
     merged = {i: v for part in proc.gather(mine) for i, v in part.items()}
@@ -612,8 +625,7 @@ def generate(lm, tokenizer, prompts, max_new_tokens, proc, budget, title=None):
 
 def continue_batch(lm, prompts, max_new_tokens, stop, proc):
     """[new ids] a prompt, up to and including the first id in `stop`."""
-    device = proc.device
-    width = max(map(len, prompts))
+    width, device = max(map(len, prompts)), proc.device
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)            # (S, T)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     position = (mask.cumsum(1) - 1).clamp(min=0)
@@ -629,7 +641,7 @@ def continue_batch(lm, prompts, max_new_tokens, stop, proc):
         for row, token in zip(rows, ids.tolist()):
             new[row].append(token)
         rows = [row for row, more in zip(rows, going.tolist()) if more]
-        if not proc.anyone(rows):
+        if not any(proc.gather(bool(rows)) if proc.sharded else [bool(rows)]):  # the ranks of a sharded model end together
             break
         keep = going.nonzero()[:, 0] if rows else torch.zeros(1, dtype=torch.long, device=device)  # only goes along
         if len(keep) < len(ids):

@@ -265,25 +265,26 @@ def due(step, steps, every, at, per_epoch):
 
 
 def begin(c, proc, name, **sets):
-    """(scorer, tokenizer, examples) of a run that starts from the model `name`; --plan=True: no scorer.
+    """(scorer, tokenizer, examples) of a run that starts from the model `name`.
 
-    What memory a step takes is said before any weight is loaded.
+    What memory a step takes is said before any weight is loaded; --plan=True ends here.
     """
     tokenizer = evaluate.load_tokenizer(name, c)
     examples, _ = encode_sets(c, tokenizer, proc, **sets)
     windows = data.stream(len(examples["forget"]), len(examples["retain"]), c.batch_size, 20, c.seed, c.shuffle)
-    dealt = [piece for w in windows for pieces in models.deal(units_of(w, c), examples, c.micro_batch_tokens, proc.world)
-             for piece in pieces if piece]
-    largest = max(([examples[kind][i] for unit in piece for kind, i in unit] for piece in dealt),
-                  key=lambda batch: sum(len(e.ids) for e in batch))
+    dealt = (pieces for w in windows for pieces in models.deal(units_of(w, c), examples, c.micro_batch_tokens, proc.world))
+    batches = [[examples[kind][i] for unit in piece for kind, i in unit] for pieces in dealt for piece in pieces if piece]
     second = any(m and m.ref == "model" for m in (FORGET[c.forget_loss], RETAIN[c.retain_loss]))
-    needs, has = models.memory_plan(name, c, proc, largest, second), models.capacity_gb(proc)
-    told = f"{sum(needs.values()):.1f} of {has:.1f} GB a process: " + ", ".join(f"{k} {v:.1f}" for k, v in needs.items())
-    if sum(needs.values()) > 1.15 * has:
+    needs = models.memory_plan(name, c, proc, max(batches, key=lambda batch: sum(len(e.ids) for e in batch)), second)
+    takes, has = sum(needs.values()), models.capacity_gb(proc)
+    told = f"{takes:.1f} of {has:.1f} GB a process: " + ", ".join(f"{k} {v:.1f}" for k, v in needs.items())
+    if takes > 1.15 * has:
         raise Mistake(f"--model={name}: a step does not fit, it takes {told}; lower --micro_batch_tokens, or set "
                       "--activation_checkpointing=True, or --parallel=fsdp on more GPUs.")
     proc.say(f"a step takes about {told}")
-    return None if c.plan else evaluate.load(name, c, proc)[0], tokenizer, examples
+    if c.plan:
+        raise SystemExit(0)
+    return evaluate.load(name, c, proc)[0], tokenizer, examples
 
 
 def optimizer_of(model, c):
@@ -510,8 +511,6 @@ def main(argv):
         prepare(c, proc, bench)
     start = c.base_model if to_be_made(c, c.model) else c.model
     scorer, tokenizer, examples = begin(c, proc, start, forget=bench.forget, retain=bench.retain)
-    if c.plan:
-        return models.cleanup()
     steps = n_steps(c, len(examples["forget"]))
     proc.say(f"{c.out}: {c.forget_loss} (weight {c.forget_weight:g}) and {c.retain_loss} on retain (weight {c.retain_weight:g}), "
              f"{len(examples['forget'])} forget and {len(examples['retain'])} retain examples, {steps} steps of {c.batch_size} "
