@@ -495,15 +495,10 @@ def reference(c, proc, name, bench):
     return data.read_log(path)
 
 
-def load_tokenizer(name, c):
-    tokenizer = models.load_tokenizer(c.tokenizer or name)
-    data.check_tokenizer(tokenizer, c.tokenizer or name, c.template)
-    return tokenizer
-
-
 def load(name, c, proc):
     """(Scorer, tokenizer) of a model, checked against each other."""
-    tokenizer = load_tokenizer(name, c)
+    tokenizer = models.load_tokenizer(c.tokenizer or name)
+    data.check_tokenizer(tokenizer, c.tokenizer or name, c.template)
     lm = models.load_model(name, proc)
     models.check_fit(lm, tokenizer, name)
     return models.Scorer(lm), tokenizer

@@ -348,9 +348,9 @@ def memory_plan(name, c, proc, examples, second):
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
         with Process(0, 1, torch.device("cpu"), c.dtype).autocast(), hooks:
             Scorer(lm)(ids, rows)
-        stored = {s._cdata: s.nbytes() for t in kept if tuple(sorted(t.shape)) not in shapes for s in [t.untyped_storage()]}
+        stored = [t.untyped_storage() for t in kept if tuple(sorted(t.shape)) not in shapes]
     layers, (vocabulary, width) = config.get_text_config().num_hidden_layers, lm.get_output_embeddings().weight.shape
-    activations = sum(stored.values())
+    activations = sum({s._cdata: s.nbytes() for s in stored}.values())
     if c.activation_checkpointing:  # one layer's, and every layer's input
         activations = activations / layers + layers * ids.numel() * width * 4
     every, trained = (sum(p.numel() for p in lm.parameters() if p.requires_grad >= least) for least in (False, True))
@@ -420,7 +420,7 @@ def finish(c, proc, scorer, tokenizer, report=None):
     if report:
         report()
     if proc.rank == 0:
-        configs.write(os.path.join(c.out, "run.json"), json.dumps(configs.describe(c, proc) | {"finished": True}, indent=1) + "\n")
+        configs.write(os.path.join(c.out, "run.json"), json.dumps(configs.describe(c, proc) | configs.summary(c), indent=1) + "\n")
         configs.drop_checkpoints(c)
     proc.barrier()
 

@@ -269,7 +269,8 @@ def begin(c, proc, name, **sets):
 
     What memory a step takes is said before any weight is loaded; --plan=True ends here.
     """
-    tokenizer = evaluate.load_tokenizer(name, c)
+    tokenizer = models.load_tokenizer(c.tokenizer or name)
+    data.check_tokenizer(tokenizer, c.tokenizer or name, c.template)
     examples, _ = encode_sets(c, tokenizer, proc, **sets)
     windows = data.stream(len(examples["forget"]), len(examples["retain"]), c.batch_size, 20, c.seed, c.shuffle)
     dealt = (pieces for w in windows for pieces in models.deal(units_of(w, c), examples, c.micro_batch_tokens, proc.world))

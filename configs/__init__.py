@@ -309,6 +309,14 @@ def describe(c, proc):
                                     "processes": proc.world}
 
 
+def summary(c):
+    """What run.json says of a finished run too: its speed and memory, from its own log."""
+    with open(os.path.join(c.out, "log.jsonl"), encoding="utf8") as f:
+        steps = [r for r in map(json.loads, f) if "loss" in r]
+    return {"finished": True, "tokens_per_s": statistics.median(r["tokens_per_s"] for r in steps),
+            "memory_gb": max(r["memory_gb"] for r in steps)}
+
+
 RESULTS = ("config.json", "scores.json", "examples.jsonl", "table.txt", "trajectory.png", "relearn.json", "relearn.png")
 ANY_TIME = {"out", "overwrite", "resume", "wandb", "device", "micro_batch_tokens", "parallel", "plan",
             "activation_checkpointing", "compile"}  # these do not change a result
