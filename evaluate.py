@@ -54,6 +54,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     micro_batch_tokens: int = 4096  # padded tokens a process computes at once: memory, never the result
     dtype: Literal["fp32", "bf16"] = "fp32"  # bf16 = autocast over float32 weights
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: fsdp = every GPU holds its part of the model, not all of it
     deterministic: bool = False  # CUDA: slower kernels that give the same bits each time (a CPU always does)
     # scoring
     eval_every: float = 1.0  # epochs between scores in a run; 0 = train only, score nothing
@@ -91,6 +92,7 @@ class Config:
         for name in ("max_length", "micro_batch_tokens", "eval_rows", "max_new_tokens"):
             value, least = getattr(self, name), 2 if name == "max_length" else 1
             yield value is not None and value < least, f"--{name}={value}: must be at least {least}."
+        yield self.audits and self.parallel == "fsdp", "--audits=True: needs whole gradients, so --parallel=ddp."
         for name in ("forget_data", "retain_data", "retain_log"):
             path = getattr(self, name)
             yield path and not os.path.isfile(path), f"--{name}={path}: no such file."
@@ -505,7 +507,7 @@ def reference(c, proc, name, bench):
 
 def setup(c):
     """This process among its peers, as the settings ask for it."""
-    return models.setup(c.device, c.dtype, threads=1 if c.benchmark in ("demo", "markov") else None, deterministic=c.deterministic)
+    return models.setup(c.device, c.dtype, c.parallel, threads=1 if c.benchmark in ("demo", "markov") else None, deterministic=c.deterministic)
 
 
 def load(name, c, proc):
@@ -579,7 +581,7 @@ def main(argv):
     c = configs.make(Config, inherit(Config, names, given))
     for name in names:
         if name not in logs:
-            models.check_name(name, "model")
+            configs.check_name(name, "model")
     if len(names) == 1:
         refuse_itself(names[0], c, given)
     if BENCHMARKS[c.benchmark].needs_retain and not (c.retain_model or c.retain_log or question or c.forget_data):
@@ -590,7 +592,7 @@ def main(argv):
     c = dataclasses.replace(c, out=places[names[0]])
     own = {name: against(name, c, given) for name in names}
     for retain_model in {a.retain_model for a in own.values() if a.retain_model and not c.retain_log}:
-        models.check_name(retain_model, "retain_model")
+        configs.check_name(retain_model, "retain_model")
     proc = setup(c)
     if question:
         return ask(question[0], names, c, proc)

@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import inspect
+import itertools
 import json
 import os
 import re
@@ -20,6 +22,10 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint import state_dict as sharded_state
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import configs
@@ -41,6 +47,12 @@ class Process:
     world: int
     device: torch.device
     dtype: str = "fp32"  # bf16: matrix products in bfloat16 under autocast, weights stay float32
+    parallel: str = "ddp"  # what `world` processes share: fsdp = weights, gradients and optimizer state too
+
+    @property
+    def sharded(self):
+        """Every forward then needs all processes: nobody may run one more than the others."""
+        return self.parallel == "fsdp" and self.world > 1
 
     def autocast(self):
         on = self.dtype == "bf16"
@@ -59,6 +71,11 @@ class Process:
         dist.all_gather_object(items, item)
         return items
 
+    def share(self, batches):
+        """The batches of this rank; equally many for every rank of a sharded model, some then computed twice, alike."""
+        n = -(-len(batches) // self.world) * self.world if self.sharded else len(batches)
+        return [batches[i % len(batches)] for i in range(self.rank, n, self.world)]
+
     def barrier(self):
         if self.world > 1:
             dist.barrier()
@@ -68,7 +85,7 @@ class Process:
             tqdm.write(" ".join(str(w) for w in words))
 
 
-def setup(device="auto", dtype="fp32", threads=None, deterministic=False):
+def setup(device="auto", dtype="fp32", parallel="ddp", threads=None, deterministic=False):
     """Find this process's place and device. `threads`: a tiny model runs faster, and the same everywhere, on one.
 
     deterministic: PyTorch's deterministic kernels only, so that a run on CUDA can be repeated, and resumed, bit by bit (on the
@@ -93,7 +110,7 @@ def setup(device="auto", dtype="fp32", threads=None, deterministic=False):
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # ranks wait while rank 0 writes 7B models
-    return Process(rank, world, torch.device(device), dtype)
+    return Process(rank, world, torch.device(device), dtype, parallel)
 
 
 def cleanup():
@@ -105,34 +122,12 @@ def cleanup():
 # loading and saving
 
 
-def split_revision(name):
-    """'org/name@revision' -> ('org/name', 'revision'); a directory is taken as it is."""
-    repo, _, revision = (name, "", "") if os.path.isdir(name) else name.partition("@")
-    return repo, revision or None
-
-
-def exists(name):
-    """A directory that holds a model; or a name that can only be a hub id."""
-    return os.path.isfile(os.path.join(name, "config.json")) or not os.path.isdir(name) and looks_like_hub_id(name)
-
-
-def looks_like_hub_id(name):
-    return name.count("/") == 1 and not name.startswith((".", "/", "~", "out/"))
-
-
-def check_name(name, setting):
-    """Before anything is loaded: is this a model at all?"""
-    if not exists(name):
-        what = "holds no config.json" if os.path.isdir(name) else "no such directory, and not a hub id (org/name)"
-        raise Mistake(f"--{setting}={name}: {what}.")
-
-
 NOT_GIVEN = ("{}: is not on this machine and the hub did not give it ({}); check the id, the network and HF_HUB_OFFLINE, accept "
              "a gated model's terms and run `hf auth login`, or name a local directory.")
 
 
 def from_pretrained(auto, name, **options):
-    repo, revision = split_revision(name)
+    repo, revision = configs.split_revision(name)
     try:
         return auto.from_pretrained(repo, revision=revision, trust_remote_code=False, **options)
     except Exception as e:  # transformers raises many kinds; each is one sentence here
@@ -143,8 +138,23 @@ def from_pretrained(auto, name, **options):
 def load_model(name, proc):
     """A causal language model in float32, dropout off. Safetensors only; no code of the repository is run."""
     configs.check_digests(name)
-    lm = from_pretrained(transformers.AutoModelForCausalLM, name, dtype=torch.float32, use_safetensors=True)
-    return without_dropout(lm).to(proc.device).eval()
+    turns = int(os.environ["LOCAL_WORLD_SIZE"]) if proc.sharded else 1
+    for turn in range(turns):  # one after another: a rank has the whole model in CPU memory while it cuts out its part
+        if turns == 1 or turn == int(os.environ["LOCAL_RANK"]):
+            lm = from_pretrained(transformers.AutoModelForCausalLM, name, dtype=torch.float32, use_safetensors=True)
+            lm = place(without_dropout(lm), proc)
+        proc.barrier()
+    return lm
+
+
+def place(lm, proc):
+    """On its device; with parallel=fsdp each process keeps its part of every decoder layer, and of the rest."""
+    if proc.sharded:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if proc.dtype == "bf16" else MixedPrecisionPolicy()
+        for module in [*(getattr(lm.get_decoder(), "layers", None) or lm.get_decoder().h), lm]:  # moved one by one
+            fully_shard(module, mesh=init_device_mesh(proc.device.type, (proc.world,)), mp_policy=policy)
+        lm.register_forward_hook(lambda root, *_: None if torch.is_grad_enabled() else root.reshard())  # no backward will
+    return lm.to(proc.device).eval()
 
 
 def load_tokenizer(name):
@@ -169,7 +179,7 @@ def tiny_llama(tokenizer, proc, seed, hidden=64, layers=2, heads=4):
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return without_dropout(transformers.LlamaForCausalLM(config)).to(proc.device).eval()
+        return place(without_dropout(transformers.LlamaForCausalLM(config)), proc)
 
 
 def tiny_gpt2(tokenizer, proc, seed, hidden=128, layers=4):
@@ -187,7 +197,7 @@ def tiny_gpt2(tokenizer, proc, seed, hidden=128, layers=4):
         lm = transformers.GPT2LMHeadModel(config)
         lm.transformer.wte.reset_parameters()  # standard normal
         lm.transformer.wpe.reset_parameters()
-    return lm.to(proc.device).eval()
+    return place(lm, proc)
 
 
 def check_fit(lm, tokenizer, name):
@@ -243,6 +253,14 @@ def freeze(lm, pattern):
         p.requires_grad_(name in hits)
 
 
+def adapt(lm, c):
+    """What is trained of a model: all of it, adapters, or the parameters that are named."""
+    if c.lora_rank:
+        add_lora(lm, c.lora_rank, c.seed)
+    if c.train_only:
+        freeze(lm, c.train_only)
+
+
 @torch.no_grad()
 def negate(lm, start, scale):
     """Task vector (arXiv 2212.04089): weights = start - scale * (weights - start); start: the model they were trained from."""
@@ -251,12 +269,24 @@ def negate(lm, start, scale):
         p.copy_(q - scale * (p - q))
 
 
-def save_model(lm, tokenizer, out):
-    """Write weights, config and tokenizer into `out`; files appear under their names only when they are complete."""
+WHOLE = sharded_state.StateDictOptions(full_state_dict=True, cpu_offload=True)  # all ranks ask, rank 0 gets it
+
+
+def save_model(lm, tokenizer, out, proc=None):
+    """Write weights, config and tokenizer into `out`; files appear under their names only when they are complete.
+
+    All processes call it, and rank 0 writes.
+    """
+    state = merged(lm)
+    if proc and proc.sharded:
+        once = {name for name, _ in lm.named_parameters()}  # what is tied is written once
+        state = {k: v for k, v in sharded_state.get_model_state_dict(lm, options=WHOLE).items() if k in once}
+    if proc and proc.rank > 0:
+        return
     part = os.path.join(out, ".saving")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        lm.save_pretrained(part, state_dict=merged(lm))
+        lm.save_pretrained(part, state_dict=state)
         tokenizer.save_pretrained(part)
         for name in sorted(os.listdir(part), key=lambda n: n == "config.json"):  # config.json last: it marks a whole model
             with open(os.path.join(part, name), "rb") as f:
@@ -271,7 +301,7 @@ def save_model(lm, tokenizer, out):
 def fingerprint(name):
     """What tells one model from another: a hash of a directory's weights, or the hub's commit."""
     if not os.path.isdir(name):
-        repo, revision = split_revision(name)
+        repo, revision = configs.split_revision(name)
         try:
             path = transformers.utils.hub.cached_file(repo, "config.json", revision=revision)
         except OSError as e:
@@ -294,8 +324,44 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+def memory_plan(name, c, proc, examples, second):
+    """{what: GB of a process} of a step with AdamW, told by shapes: no weight is loaded.
+
+    examples: its largest micro-batch; second: is a frozen model held too. Activations are what autograd keeps of a forward.
+    """
+    half, world, kept = c.dtype == "bf16", proc.world if proc.sharded else 1, []
+    ids, rows, _, _ = collate(examples, "cpu")
+    config = from_pretrained(transformers.AutoConfig, name)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # tensors without storage
+        dtype = torch.bfloat16 if half and proc.sharded else torch.float32
+        lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        adapt(lm, c)
+        shapes = {tuple(sorted(p.shape)) for p in lm.parameters()}  # weights and copies of them are counted below
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+        with Process(0, 1, torch.device("cpu"), c.dtype).autocast(), hooks:
+            Scorer(lm)(ids, rows)
+        stored = [t.untyped_storage() for t in kept if tuple(sorted(t.shape)) not in shapes]
+    layers, (vocabulary, width) = config.get_text_config().num_hidden_layers, lm.get_output_embeddings().weight.shape
+    activations = sum({s._cdata: s.nbytes() for s in stored}.values())
+    if c.activation_checkpointing:  # one layer's, and every layer's input
+        activations = activations / layers + layers * ids.numel() * width * 4
+    every, trained = (sum(p.numel() for p in lm.parameters() if p.requires_grad >= least) for least in (False, True))
+    # autocast copies all weights during a forward; a sharded model gathers embeddings, head and three layers at a time
+    gathered = (4 - 2 * half) * (2 * vocabulary * width + 3 * every // layers) if proc.sharded else 2 * half * every
+    logits = (3 + 1.5 * second) * 4 * len(rows) * vocabulary  # them, their log-probs and gradients, as measured
+    sizes = (4 * every * (1 + second) / world + gathered, 4 * trained / world, 8 * trained / world, activations, logits)
+    return dict(zip(("weights", "gradients", "optimizer", "activations", "logits"), (size / 1e9 for size in sizes)))
+
+
+def capacity_gb(proc):
+    """Memory of this process's GPU, or its part of this machine's."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return (torch.cuda.mem_get_info(proc.device)[1] if proc.device.type == "cuda" else machine) / 1e9
+
+
 def checkpoint(c, proc, scorer, optimizer, scheduler, step):
     """Everything needed to go on, in <out>/checkpoint. The old one leaves only when the new one is whole and on disk."""
+    model, optimizer = sharded_state.get_state_dict(scorer, optimizer, options=WHOLE)
     if proc.rank == 0:
         here, new, old = (os.path.join(c.out, name) for name in configs.CHECKPOINTS)
         try:
@@ -303,8 +369,7 @@ def checkpoint(c, proc, scorer, optimizer, scheduler, step):
             os.makedirs(new)
             path = os.path.join(new, "state.pt")
             with open(path, "wb") as f:
-                torch.save({"step": step, "model": scorer.state_dict(), "optimizer": optimizer.state_dict(),
-                            "scheduler": scheduler.state_dict()}, f)
+                torch.save({"step": step, "model": model, "optimizer": optimizer, "scheduler": scheduler.state_dict()}, f)
                 f.flush()
                 os.fsync(f.fileno())
             configs.write(os.path.join(new, "sha256"), configs.file_digest(path))
@@ -334,9 +399,9 @@ def restore(c, scorer, optimizer, scheduler):
         if not os.path.isfile(digest) or open(digest).read() != configs.file_digest(path):
             damaged = damaged or path
             continue
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        scorer.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # a rank reads its part only
+        sharded_state.set_state_dict(scorer, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                                     options=WHOLE)
         scheduler.load_state_dict(state["scheduler"])
         return state["step"]
     if damaged:
@@ -346,13 +411,11 @@ def restore(c, scorer, optimizer, scheduler):
 
 def finish(c, proc, scorer, tokenizer, report=None):
     """The model first, then what report() writes, then the mark that says so; only now is the checkpoint not needed."""
-    if proc.rank == 0:
-        save_model(scorer.lm, tokenizer, c.out)
+    save_model(scorer.lm, tokenizer, c.out, proc)
     if report:
         report()
     if proc.rank == 0:
-        configs.write(os.path.join(c.out, "run.json"), json.dumps(configs.describe(c, proc) | {
-            "finished": True, "sha256": configs.digests(c.out)}, indent=1) + "\n")
+        configs.write(os.path.join(c.out, "run.json"), json.dumps(configs.describe(c, proc) | configs.summary(c), indent=1) + "\n")
         configs.drop_checkpoints(c)
     proc.barrier()
 
@@ -394,11 +457,11 @@ class Scorer(nn.Module):
             out = out[0] if isinstance(out, tuple) else out
             self.hidden = out.flatten(0, 1)[self.rows + 1]  # at the answer tokens themselves, not where they are predicted
 
-    def forward(self, ids, rows, logits=True):
-        """logits=False: nobody reads them, the head is given no rows."""
+    def forward(self, ids, rows, logits=True, **more):
+        """logits=False: nobody reads them, the head is given no rows. more: masks and positions, of packed rows."""
         self.rows, self.hidden, self.logits = rows, None, logits
         try:
-            return self.lm(input_ids=ids, use_cache=False).logits, self.hidden  # (n, V), (n, D) or None
+            return self.lm(input_ids=ids, use_cache=False, **more).logits, self.hidden  # (n, V), (n, D) or None
         finally:
             self.rows = None
 
@@ -452,6 +515,30 @@ def collate(examples, device):
     return ids.to(device), rows.to(device), labels.to(device), [len(e.ids) - e.start for e in examples]
 
 
+def sharing(lm, examples):
+    """Indices of examples, in groups of neighbours with the same prompt, as a question's answers are, where that pays."""
+    able = lm.config._attn_implementation == "sdpa" and not getattr(lm.config, "sliding_window", None)  # takes any mask
+    prompts = [tuple(e.ids[:e.start]) if able and e.start >= 8 else i for i, e in enumerate(examples)]
+    return [list(group) for _, group in itertools.groupby(range(len(examples)), prompts.__getitem__)]
+
+
+def pack(groups, device):
+    """collate of groups of examples: a row holds their prompt once, then all their answers, each seeing it and itself."""
+    lines, rows = [], []  # lines: (id, position, whose: 0 = the prompt, 1, 2, ... = an answer) of each token
+    width = max(g[0].start + sum(len(e.ids) - e.start for e in g) for g in groups)
+    for g in groups:
+        start, first = g[0].start, len(lines) * width
+        line = [(t, at, 0) for at, t in enumerate(g[0].ids[:start])]
+        for whose, e in enumerate(g, 1):
+            rows += [first + start - 1, *range(first + len(line), first + len(line) + len(e.ids) - start - 1)]
+            line += [(t, at, whose) for at, t in enumerate(e.ids[start:], start)]
+        lines.append(line + [(0, 0, -1)] * (width - len(line)))
+    ids, position, whose = torch.tensor(lines, device=device).unbind(-1)  # (S, T) each
+    mask = ((whose[:, :, None] == whose[:, None]) | (whose[:, None] == 0)).tril()[:, None]  # (S, 1, T, T), True = sees
+    _, _, labels, counts = collate([e for g in groups for e in g], device)
+    return ids, torch.tensor(rows, device=device), labels, counts, {"attention_mask": mask, "position_ids": position}
+
+
 def cut(sizes, budget):
     """Indices of `sizes` [(rows, length)], longest first, in batches of at most `budget` padded tokens (or one item)."""
     batches, rows, width = [], 0, 0
@@ -495,12 +582,14 @@ def score(scorer, examples, proc, budget, read=token_logps, title=None):
 
     Whole length-sorted batches are dealt to ranks, so nothing depends on the number of processes.
     """
-    batches = cut([(1, len(e.ids)) for e in examples], budget)
-    mine = {}
-    for batch in tqdm(batches[proc.rank::proc.world], desc=title, disable=proc.rank > 0 or not title or None, leave=False):
-        ids, rows, labels, counts = collate([examples[i] for i in batch], proc.device)
+    groups, mine = sharing(scorer.lm, examples), {}
+    batches = cut([(1, len(examples[g[0]].ids) + sum(len(examples[i].ids) - examples[i].start for i in g[1:])) for g in groups], budget)
+    for batch in tqdm(proc.share(batches), desc=title, disable=proc.rank > 0 or not title or None, leave=False):
+        of, batch = [[examples[i] for i in groups[g]] for g in batch], [i for g in batch for i in groups[g]]
+        ids, rows, labels, counts, more = pack(of, proc.device) if len(batch) > len(of) else (
+            *collate([examples[i] for i in batch], proc.device), {})
         with proc.autocast():
-            logits, _ = scorer(ids, rows)
+            logits, _ = scorer(ids, rows, **more)
         values = read(logits, labels).double().cpu().split(counts)
         mine |= {i: v.numpy() for i, v in zip(batch, values)}
     merged = {i: v for part in proc.gather(mine) for i, v in part.items()}
@@ -521,38 +610,38 @@ def generate(lm, tokenizer, prompts, max_new_tokens, proc, budget, title=None):
     """
     batches = cut([(1, len(p) + max_new_tokens) for p in prompts], budget)
     mine = {}
-    for batch in tqdm(batches[proc.rank::proc.world], desc=title, disable=proc.rank > 0 or not title or None, leave=False):
+    for batch in tqdm(proc.share(batches), desc=title, disable=proc.rank > 0 or not title or None, leave=False):
         with proc.autocast():
             mine |= dict(zip(batch, continue_batch(lm, [prompts[i] for i in batch], max_new_tokens,
-                                                   stop_ids(lm, tokenizer), proc.device)))
+                                                   stop_ids(lm, tokenizer), proc)))
     merged = {i: v for part in proc.gather(mine) for i, v in part.items()}
     return tokenizer.batch_decode([merged[i] for i in range(len(prompts))], skip_special_tokens=True)
 
 
-def continue_batch(lm, prompts, max_new_tokens, stop, device):
+def continue_batch(lm, prompts, max_new_tokens, stop, proc):
     """[new ids] a prompt, up to and including the first id in `stop`."""
-    width = max(map(len, prompts))
+    width, device = max(map(len, prompts)), proc.device
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)            # (S, T)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     position = (mask.cumsum(1) - 1).clamp(min=0)
     stop = torch.tensor(stop, device=device)
     cache = transformers.DynamicCache(config=lm.config)
-    rows = list(range(len(prompts)))  # which prompt each row of the batch is
-    new = [[] for _ in prompts]
+    kept = {"cache" if "cache" in inspect.signature(lm.forward).parameters else "past_key_values": cache}  # its old name
+    rows, new = list(range(len(prompts))), [[] for _ in prompts]  # rows: which prompt each row of the batch is
     for _ in range(max_new_tokens):
-        out = lm(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
-                 logits_to_keep=1)
+        out = lm(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1, **kept)
         ids = out.logits[:, -1].argmax(-1)  # (S,)
         going = ~torch.isin(ids, stop)
         for row, token in zip(rows, ids.tolist()):
             new[row].append(token)
-        keep = going.nonzero()[:, 0]
-        if len(keep) == 0:
+        rows = [row for row, more in zip(rows, going.tolist()) if more]
+        if not any(proc.gather(bool(rows)) if proc.sharded else [bool(rows)]):  # the ranks of a sharded model end together
             break
-        if len(keep) < len(rows):
+        keep = going.nonzero()[:, 0] if rows else torch.zeros(1, dtype=torch.long, device=device)  # only goes along
+        if len(keep) < len(ids):
             cache.batch_select_indices(keep)
-            ids, mask, position, rows = ids[keep], mask[keep], position[keep], [rows[i] for i in keep.tolist()]
+            ids, mask, position = ids[keep], mask[keep], position[keep]
         ids = ids[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        mask = torch.cat([mask, mask.new_ones(len(ids), 1)], 1)
         position = position[:, -1:] + 1
     return new

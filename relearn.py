@@ -51,6 +51,7 @@ class Config(unlearn.Config):
         yield self.examples is not None and self.examples < 1, f"--examples={self.examples}: must be at least 1."
         yield min(self.seeds, default=-1) < 0, f"--seeds={','.join(map(str, self.seeds))}: at least one, none below 0."
         yield self.eval_every == 0 and not self.eval_at, "--eval_every=0: an attack is scored; above 0, or --eval_at=STEP."
+        yield self.parallel == "fsdp" and set(self.attacks) & set(GRIDS), "--attacks: rounding needs whole weights: --parallel=ddp."
         yield self.benchmark == "markov", "--benchmark=markov: relearn.py has no attack on Markov chains."
         yield self.relearn_data and not os.path.isfile(self.relearn_data), f"--relearn_data={self.relearn_data}: no such file."
 
@@ -269,7 +270,7 @@ def main(argv):
         a = dataclasses.replace(c, out=configs.place(name, labels, given, len(names)))
         todo[name] = a = evaluate.against(name, a, given)
         for setting, model in (("model", name), ("model", a.model), ("retain_model", a.retain_model)):
-            models.check_name(model or name, setting)
+            configs.check_name(model or name, setting)
         configs.writable(a.out)
     proc = evaluate.setup(c)
     bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, split=c.split, holdout="audits" in c.attacks)

@@ -7,7 +7,6 @@
 A step takes batch_size forget and as many retain examples; loss = forget_weight * forget_loss + retain_weight * retain_loss.
 Settings: a config file of plain assignments, then --key=value; later words win.
 """
-import copy
 import dataclasses
 import importlib.util
 import math
@@ -73,6 +72,7 @@ class Config(evaluate.Config):
     compile: bool = False  # torch.compile
     save_every: float = 0.0  # epochs between checkpoints to resume from; 0 = none
     keep_epochs: bool = False  # keep a loadable model at every score, in <out>/epoch_<n>
+    plan: bool = False  # say what memory a step takes, and stop
     resume: bool = False  # go on from <out>/checkpoint; without one, begin
     wandb: str | None = None  # a Weights & Biases project to log to as well (pip install wandb)
 
@@ -110,6 +110,8 @@ class Config(evaluate.Config):
         yield self.forget_loss == "altpo" and not self.alternates, "--forget_loss=altpo: give --alternates=FILE."
         yield self.forget_loss == "task_vector" and (self.retain_loss != "none" or self.resume or self.lora_rank), (
             "--forget_loss=task_vector: reads no retain set and has no --resume and no --lora_rank; write --retain_loss=none.")
+        yield self.parallel == "fsdp" and (self.lora_rank or self.forget_loss == "task_vector"), (
+            "--parallel=fsdp: trains the weights themselves; --lora_rank and --forget_loss=task_vector need --parallel=ddp.")
         yield self.forget_data and not self.retain_data and self.retain_loss != "none" and self.benchmark != "muse", (
             f"--forget_data={self.forget_data}: give --retain_data too, or --retain_loss=none.")
 
@@ -201,7 +203,9 @@ class Reference:
                 scored = models.score(scorer, examples[kind], proc, c.micro_batch_tokens, title="reference")
                 self.kept[kind] = [torch.tensor(t[:, 0], dtype=torch.float32, device=proc.device) for t in scored]
         if any(m.ref == "model" for m in methods):
-            self.frozen = copy.deepcopy(scorer).requires_grad_(False).eval()
+            self.frozen = models.Scorer(models.load_model(c.model, proc)).requires_grad_(False)  # sharded like the other
+            if scorer.layer is not None:
+                self.frozen.watch(scorer.layer)
 
     @torch.no_grad()
     def scores(self, batch, sequences, logits):
@@ -261,6 +265,30 @@ def due(step, steps, every, at, per_epoch):
     return every > 0 and (size <= 1 or step == steps or math.floor(step / size + 1e-9) > math.floor((step - 1) / size + 1e-9))
 
 
+def begin(c, proc, name, **sets):
+    """(scorer, tokenizer, examples) of a run that starts from the model `name`.
+
+    What memory a step takes is said before any weight is loaded; --plan=True ends here.
+    """
+    tokenizer = models.load_tokenizer(c.tokenizer or name)
+    data.check_tokenizer(tokenizer, c.tokenizer or name, c.template)
+    examples, _ = encode_sets(c, tokenizer, proc, **sets)
+    windows = data.stream(len(examples["forget"]), len(examples["retain"]), c.batch_size, 20, c.seed, c.shuffle)
+    dealt = (pieces for w in windows for pieces in models.deal(units_of(w, c), examples, c.micro_batch_tokens, proc.world))
+    batches = [[examples[kind][i] for unit in piece for kind, i in unit] for pieces in dealt for piece in pieces if piece]
+    second = any(m and m.ref == "model" for m in (FORGET[c.forget_loss], RETAIN[c.retain_loss]))
+    needs = models.memory_plan(name, c, proc, max(batches, key=lambda batch: sum(len(e.ids) for e in batch)), second)
+    takes, has = sum(needs.values()), models.capacity_gb(proc)
+    told = f"{takes:.1f} of {has:.1f} GB a process: " + ", ".join(f"{k} {v:.1f}" for k, v in needs.items())
+    if takes > 1.15 * has:
+        raise Mistake(f"--model={name}: a step does not fit, it takes {told}; lower --micro_batch_tokens, or set "
+                      "--activation_checkpointing=True, or --parallel=fsdp on more GPUs.")
+    proc.say(f"a step takes about {told}")
+    if c.plan:
+        raise SystemExit(0)
+    return evaluate.load(name, c, proc)[0], tokenizer, examples
+
+
 def optimizer_of(model, c):
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
@@ -280,20 +308,17 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
     reads_hidden = any(m and m.hidden for m in (method, retain_method))
     if reads_hidden:
         scorer.watch(c.steering_layer)
-    reference = Reference(scorer, examples, c, proc)
-    if c.lora_rank:
-        models.add_lora(scorer.lm, c.lora_rank, c.seed)
-    if c.train_only:
-        models.freeze(scorer.lm, c.train_only)
-    parameters = [p for p in scorer.parameters() if p.requires_grad]
+    models.adapt(scorer.lm, c)
+    parameters = [p for p in scorer.parameters() if p.requires_grad]  # before any forward: a sharded model gathers its own
     optimizer = optimizer_of(scorer, c)
+    reference = Reference(scorer, examples, c, proc)
     scheduler = transformers.get_scheduler(c.schedule if c.schedule != "constant" else "constant_with_warmup", optimizer,
                                            num_warmup_steps=math.floor(c.warmup * steps + 1e-9), num_training_steps=steps)
     if c.activation_checkpointing:
         scorer.lm.gradient_checkpointing_enable({"use_reentrant": False})
         scorer.train()  # there is no dropout; transformers recomputes only in this mode
     forward = torch.compile(scorer, dynamic=True) if c.compile else scorer
-    if proc.world > 1:
+    if proc.world > 1 and not proc.sharded:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, broadcast_buffers=False,
                                           find_unused_parameters=reads_hidden)  # layers above the steered one
     first = models.restore(c, scorer, optimizer, scheduler) if c.resume else 0
@@ -315,7 +340,7 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
             totals = torch.zeros(2, device=proc.device)
             for i, pieces in enumerate(rounds):
                 piece = pieces[proc.rank]
-                if proc.world > 1:  # all-reduce gradients on the last backward only
+                if isinstance(forward, DistributedDataParallel):  # all-reduce gradients on the last backward only
                     forward.require_backward_grad_sync = i == len(rounds) - 1
                 with proc.autocast():
                     loss, *parts = step_loss(forward, reference, piece or [units[0]], examples, c, n_forget, n_retain, proc.device)
@@ -323,8 +348,9 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
                     loss = loss * 0
                 else:
                     totals += torch.stack(parts).detach()
-                (loss * proc.world).backward()  # times world, for DDP averages over ranks
+                (loss * proc.world).backward()  # times world, for DDP and FSDP average over ranks
             norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip or math.inf)
+            norm = norm.full_tensor() if proc.sharded else norm
             if proc.world > 1:
                 torch.distributed.all_reduce(totals)
             forget_loss, retain_loss, norm = torch.cat([totals, norm[None]]).tolist()  # the step's one host sync
@@ -418,10 +444,10 @@ def make(f, proc, rows, title):
         tokenizer = data.markov_tokenizer() if markov else data.demo_tokenizer()
         data.check_tokenizer(tokenizer, TINY, f.template)
         scorer = models.Scorer((models.tiny_gpt2 if markov else models.tiny_llama)(tokenizer, proc, f.seed))
+        examples, _ = encode_sets(f, tokenizer, proc, forget=rows, retain=[])
     else:
-        scorer, tokenizer = evaluate.load(f.base_model, f, proc)
+        scorer, tokenizer, examples = begin(f, proc, f.base_model, forget=rows, retain=[])
     configs.start(f, proc)
-    examples, _ = encode_sets(f, tokenizer, proc, forget=rows, retain=[])
     train(f, proc, scorer, examples, title=title)
     models.finish(f, proc, scorer, tokenizer)
 
@@ -466,9 +492,9 @@ def check_models(c):
     for setting in ("model", "retain_model"):
         path = getattr(c, setting)
         if path and not to_be_made(c, path):
-            models.check_name(path, setting)
+            configs.check_name(path, setting)
     if c.base_model and c.base_model != TINY:
-        models.check_name(c.base_model, "base_model")
+        configs.check_name(c.base_model, "base_model")
 
 
 def main(argv):
@@ -478,15 +504,16 @@ def main(argv):
         raise Mistake(f"{names[0]}: not a config file (*.py) and not --key=value.")
     check_models(c)
     proc = evaluate.setup(c)
-    if configs.claim(c, proc):
+    if not c.plan and configs.claim(c, proc):
         proc.say(f"{c.out} is finished; --overwrite=True runs it again.")
         table = os.path.join(c.out, "table.txt")
         return proc.say(open(table, encoding="utf8").read()) if os.path.isfile(table) else None
     bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, score=c.eval_every > 0 or bool(c.eval_at),
                       split=c.split)
-    prepare(c, proc, bench)
-    scorer, tokenizer = evaluate.load(c.model, c, proc)
-    examples, _ = encode_sets(c, tokenizer, proc, forget=bench.forget, retain=bench.retain)
+    if not c.plan or c.base_model == TINY:
+        prepare(c, proc, bench)
+    start = c.base_model if to_be_made(c, c.model) else c.model
+    scorer, tokenizer, examples = begin(c, proc, start, forget=bench.forget, retain=bench.retain)
     steps = n_steps(c, len(examples["forget"]))
     proc.say(f"{c.out}: {c.forget_loss} (weight {c.forget_weight:g}) and {c.retain_loss} on retain (weight {c.retain_weight:g}), "
              f"{len(examples['forget'])} forget and {len(examples['retain'])} retain examples, {steps} steps of {c.batch_size} "
@@ -509,8 +536,8 @@ def main(argv):
             last["target"] = scores, records
         else:
             scores, records = evaluate.evaluate(scorer, tokenizer, bench, scoring, proc, retain)
-            if c.keep_epochs and proc.rank == 0:
-                models.save_model(scorer.lm, tokenizer, os.path.join(c.out, f"epoch_{epoch:g}"))
+            if c.keep_epochs:
+                models.save_model(scorer.lm, tokenizer, os.path.join(c.out, f"epoch_{epoch:g}"), proc)
         last["run"] = scores, records
         proc.say(f"epoch {epoch:g}: " + ", ".join(f"{k} {configs.number(v)}" for k, v in scores.items()
                                                   if k in evaluate.BENCHMARKS[c.benchmark].headline))

@@ -373,9 +373,18 @@ def describe(c, proc):
                                     "processes": proc.world}
 
 
+def summary(c):
+    """What run.json says of a finished run too: its speed and memory, from its own log, and the checksums of its weights."""
+    with open(os.path.join(c.out, "log.jsonl"), encoding="utf8") as f:
+        steps = [r for r in map(json.loads, f) if "loss" in r]
+    return {"finished": True, "tokens_per_s": statistics.median(r["tokens_per_s"] for r in steps),
+            "memory_gb": max(r["memory_gb"] for r in steps), "sha256": digests(c.out)}
+
+
 RESULTS = ("config.json", "scores.json", "examples.jsonl", "table.txt", "trajectory.png", "relearn.json", "relearn.png",
            "relearn.md", "relearn.csv")
-ANY_TIME = {"out", "overwrite", "resume", "wandb", "device", "micro_batch_tokens", "save_every"}  # these do not change a result
+ANY_TIME = {"out", "overwrite", "resume", "wandb", "device", "micro_batch_tokens", "save_every", "parallel", "plan",
+            "activation_checkpointing", "compile"}  # these do not change a result
 CHECKPOINTS = ("checkpoint", "checkpoint.new", "checkpoint.old")  # a kill between two renames leaves one of the others
 
 
@@ -459,6 +468,28 @@ def name_runs(names):
     """{name: a short label}; the whole path where two end alike."""
     short = {n: os.path.basename(os.path.normpath(n)).removesuffix(".json").removesuffix(".jsonl") for n in names}
     return {n: s if list(short.values()).count(s) == 1 else n.strip("/").replace("/", "_") for n, s in short.items()}
+
+
+def split_revision(name):
+    """'org/name@revision' -> ('org/name', 'revision'); a directory is taken as it is."""
+    repo, _, revision = (name, "", "") if os.path.isdir(name) else name.partition("@")
+    return repo, revision or None
+
+
+def exists(name):
+    """A directory that holds a model; or a name that can only be a hub id."""
+    return os.path.isfile(os.path.join(name, "config.json")) or not os.path.isdir(name) and looks_like_hub_id(name)
+
+
+def looks_like_hub_id(name):
+    return name.count("/") == 1 and not name.startswith((".", "/", "~", "out/"))
+
+
+def check_name(name, setting):
+    """Before anything is loaded: is this a model at all?"""
+    if not exists(name):
+        what = "holds no config.json" if os.path.isdir(name) else "no such directory, and not a hub id (org/name)"
+        raise Mistake(f"--{setting}={name}: {what}.")
 
 
 def place(name, labels, given, several):

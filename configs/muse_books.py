@@ -1,7 +1,7 @@
 # MUSE Books, SimNPO as the paper defines it, Llama-2-7b.
 # torchrun --nproc_per_node=8 unlearn.py configs/muse_books.py
 #
-# Memory: as configs/muse_news.py says, 107.8 GB of every GPU and activations; one H200 alone holds it too, about 126 GB.
+# Memory: as configs/muse_news.py says, 18 GB a GPU on eight, 124 GB on one alone.
 from configs.muse_news import *  # what is not said here
 
 subset = "books"

@@ -206,9 +206,9 @@ def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(mini):
 
 def test_a_finished_row_leaves_the_batch_and_stops_at_any_of_the_models_eos_ids(mini):
     lm = models.load_model(str(mini / "target"), PROC)
-    free = models.continue_batch(lm, [[5, 6, 7], [9]], 6, [], "cpu")
+    free = models.continue_batch(lm, [[5, 6, 7], [9]], 6, [], PROC)
     assert [len(n) for n in free] == [6, 6]
-    stopped = models.continue_batch(lm, [[5, 6, 7], [9]], 6, [free[0][2]], "cpu")
+    stopped = models.continue_batch(lm, [[5, 6, 7], [9]], 6, [free[0][2]], PROC)
     assert stopped[0] == free[0][:free[0].index(free[0][2]) + 1]
     tokenizer = models.load_tokenizer(str(mini / "target"))
     lm.generation_config.eos_token_id = [4, 7]
