@@ -596,10 +596,10 @@ def main(argv):
     proc = setup(c)
     if question:
         return ask(question[0], names, c, proc)
-    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, train=False, holdout=c.audits) if (
-        len(logs) < len(names) or c.retain_model and not c.retain_log) else None
     for out in places.values():
         configs.writable(out)
+    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, train=False, holdout=c.audits) if (
+        len(logs) < len(names) or c.retain_model and not c.retain_log) else None
     rows, every, stars = {}, {}, {}
     for name in names:
         retain, other = retain_reference(own[name], proc, bench), c.retain_log or own[name].retain_model

@@ -243,7 +243,8 @@ def test_the_retain_model_is_scored_once_and_again_when_a_setting_changes(mini, 
     (["{target}", "--retain_model={retain}", "--data={target}"], "has none of forget05_perturbed.json"),
     (["{target}", "--retain_model={retain}", "--template=chat"], "has no chat template"),
 ])
-def test_what_cannot_be_scored_is_said_in_one_sentence(mini, argv, sentence):
+def test_what_cannot_be_scored_is_said_in_one_sentence(mini, tmp_path, monkeypatch, argv, sentence):
+    monkeypatch.chdir(tmp_path)
     paths = {n: str(mini / n) for n in ("target", "retain", "data")}
     base = ["--benchmark=tofu", "--subset=forget05", f"--data={mini / 'data'}", "--template=qa", "--device=cpu"]
     with pytest.raises(Mistake, match=sentence):
