@@ -266,8 +266,8 @@ def read_alternates(path=None, refusals=None):
 TOFU_LOG = {"eval_log_forget.json": "forget", "eval_log.json": "retain", "eval_real_author_wo_options.json": "real_authors",
             "eval_real_world_wo_options.json": "world_facts"}
 TEXTS = ("set", "question", "answer", "generated")  # of a record; of the numbers, the least that each can be
-LEAST = {"nll": -1e-3, "paraphrased_nll": -1e-3, "perturbed_nll": -1e-3, "rougeL_recall": 0, "rougeL_f1": 0, "n_tokens": 1} | dict.fromkeys(
-    ("index", "min_k", "kl", "loss", "zlib", "min_k_pp", "gradnorm", "exact_memorization", "extraction_strength"), -1e12)
+LEAST = {"nll": -1e-3, "paraphrased_nll": -1e-3, "perturbed_nll": -1e-3, "rougeL_recall": 0, "rougeL_f1": 0, "n_tokens": 1}
+LEAST |= dict.fromkeys("index min_k kl loss zlib min_k_pp gradnorm exact_memorization extraction_strength".split(), -1e12)
 OPEN_UNLEARNING_LOG = {"forget": "forget", "retain": "retain", "ra": "real_authors", "wf": "world_facts"}
 
 

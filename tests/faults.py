@@ -128,7 +128,11 @@ def launch(place, processes, torchrun, rng=None, seconds=None, **more):
     """Run it, or kill it `seconds` after its first logged step. Returns the seconds from that step until it was finished."""
     run = Launched(place, processes, torchrun, **more)
     first, began = place / "out" / "target" / "log.jsonl", None
+    started = time.monotonic()
     while run.running() and not finished(place):
+        if time.monotonic() - started > 900:
+            run.kill(random)
+            raise RuntimeError("a run hangs")
         if began is None and first.exists() and first.stat().st_size:
             began = time.monotonic()
         if began and seconds is not None and time.monotonic() - began > seconds:
