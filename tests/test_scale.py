@@ -144,7 +144,8 @@ def test_attacks_and_evaluation_of_a_sharded_model_give_the_same_scores(both):
 
 
 @pytest.mark.parametrize("config, words, sentence", [
-    (unlearn.Config, ["--lora_rank=4"], "--lora_rank and --forget_loss=task_vector need --parallel=ddp"),
+    (unlearn.Config, ["--lora_rank=4"], "--lora_rank, --compile and --forget_loss=task_vector need --parallel=ddp"),
+    (unlearn.Config, ["--compile=True"], "need --parallel=ddp"),
     (unlearn.Config, ["--forget_loss=task_vector", "--retain_loss=none"], "need --parallel=ddp"),
     (evaluate.Config, ["--audits=True"], "--audits=True: needs whole gradients"),
     (relearn.Config, ["--attacks=int4"], "rounding needs whole weights")])
