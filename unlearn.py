@@ -110,8 +110,8 @@ class Config(evaluate.Config):
         yield self.forget_loss == "altpo" and not self.alternates, "--forget_loss=altpo: give --alternates=FILE."
         yield self.forget_loss == "task_vector" and (self.retain_loss != "none" or self.resume or self.lora_rank), (
             "--forget_loss=task_vector: reads no retain set and has no --resume and no --lora_rank; write --retain_loss=none.")
-        yield self.parallel == "fsdp" and (self.lora_rank or self.forget_loss == "task_vector"), (
-            "--parallel=fsdp: trains the weights themselves; --lora_rank and --forget_loss=task_vector need --parallel=ddp.")
+        yield self.parallel == "fsdp" and (self.lora_rank or self.compile or self.forget_loss == "task_vector"), (
+            "--parallel=fsdp: --lora_rank, --compile and --forget_loss=task_vector need --parallel=ddp.")
         yield self.forget_data and not self.retain_data and self.retain_loss != "none" and self.benchmark != "muse", (
             f"--forget_data={self.forget_data}: give --retain_data too, or --retain_loss=none.")
 

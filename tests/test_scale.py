@@ -144,13 +144,41 @@ def test_attacks_and_evaluation_of_a_sharded_model_give_the_same_scores(both):
 
 
 @pytest.mark.parametrize("config, words, sentence", [
-    (unlearn.Config, ["--lora_rank=4"], "--lora_rank and --forget_loss=task_vector need --parallel=ddp"),
+    (unlearn.Config, ["--lora_rank=4"], "--lora_rank, --compile and --forget_loss=task_vector need --parallel=ddp"),
+    (unlearn.Config, ["--compile=True"], "need --parallel=ddp"),
     (unlearn.Config, ["--forget_loss=task_vector", "--retain_loss=none"], "need --parallel=ddp"),
     (evaluate.Config, ["--audits=True"], "--audits=True: needs whole gradients"),
     (relearn.Config, ["--attacks=int4"], "rounding needs whole weights")])
 def test_what_cannot_be_sharded_is_refused_in_a_sentence(config, words, sentence):
     with pytest.raises(Mistake, match=sentence):
         configs.load(config, ["--parallel=fsdp", *words])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# answers to one question share its row
+
+
+def test_answers_packed_behind_their_question_score_as_they_do_alone(mini, monkeypatch):
+    lm, tokenizer = models.load_model(str(mini / "target"), PROC), models.load_tokenizer(str(mini / "target"))
+    rows = data.read_rows(str(mini / "data" / "forget05_perturbed.jsonl"))
+    template = data.Template("qa", tokenizer)
+    examples = [template.encode(row, 500, a) for row in rows for a in (row["answer"], *row["perturbed_answer"])]
+    groups = models.sharing(lm, examples)
+    assert [len(g) for g in groups] == [6] * len(rows)
+    packed = models.score(models.Scorer(lm), examples, PROC, 600)
+    monkeypatch.setattr(models, "sharing", lambda lm, examples: [[i] for i in range(len(examples))])
+    alone = models.score(models.Scorer(lm), examples, PROC, 600)
+    assert all(torch.allclose(torch.tensor(a), torch.tensor(b), rtol=1e-5, atol=1e-6) for a, b in zip(packed, alone, strict=True))
+
+
+def test_texts_without_a_common_prompt_and_models_that_take_no_mask_are_not_packed(mini):
+    lm = models.load_model(str(mini / "target"), PROC)
+    texts = [data.Example([5, 6, 7], 1), data.Example([5, 8], 1)]
+    assert models.sharing(lm, texts) == [[0], [1]]
+    alike = [data.Example([5] * 9 + [n], 9) for n in (1, 2)]
+    assert models.sharing(lm, alike) == [[0, 1]]
+    lm.config.sliding_window = 4
+    assert models.sharing(lm, alike) == [[0], [1]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
