@@ -7,9 +7,10 @@ set -eu
 python=${PYTHON:-.venv/bin/python} base=${BASE:-HuggingFaceTB/SmolLM2-135M-Instruct} tofu=${TOFU:-locuslab/TOFU}
 here=$(dirname "$0") methods=${METHODS:-simnpo npo graddiff idk ga dpo}
 if [ "${AUTHORS:-20}" = all ]; then
-  study=out/tofu; data=$tofu; subset=forget10; rates="2e-5 5e-5 1.5e-4"; seeds="0 1 2"; rows=None
+  study=out/tofu; data=$tofu; subset=forget10; rates="2e-5 5e-5 1.5e-4"; seeds="0 1 2"; rows=None; also=
 else
   study=out/tofu20; data=out/tofu20; subset=forget01; rates="5e-5 1.5e-4"; seeds="0"; rows=40
+  also=out/tofu20_simnpo_1.5e-4_s0  # of all points the nearest to the chosen NPO in forget probability
   TOFU_FROM=$tofu TO=$data $python - <<'P'
 import json, os, data
 columns, source, to = ("question", "answer"), os.environ["TOFU_FROM"], os.environ["TO"]
@@ -47,6 +48,6 @@ while read -r method rate; do
 done <<< "$chosen"
 names=$(while read -r method rate; do for seed in $seeds; do echo ${study}_${method}_${rate}_s$seed; done; done <<< "$chosen")
 # one rate for every attack, so that none is attacked harder; the retain model is attacked alike
-[ -f ${study}_attacks/relearn.md ] || $python relearn.py $names --attacks=relearn_random,relearn_shortest,int4,audits --lr=5e-5 \
+[ -f ${study}_attacks/relearn.md ] || $python relearn.py $names $also --attacks=relearn_random,relearn_shortest,int4,audits --lr=5e-5 \
   --fraction=0.2 --epochs=10 --batch_size=4 --eval_at=10,20 --out=${study}_attacks
 $python $here/table.py collect $study && $python $here/table.py

@@ -83,10 +83,13 @@ def tables(rows):
             name = f"**{method}**{'' if feasible else ' *'}" if lr == rate else method
             lines.append([name, f"{lr:g}", str(len(group))] + [show([r["scores"].get(k) for r in group]) for k in COLUMNS])
     markdown(("", "lr", "seeds") + COLUMNS, lines)
-    groups = {m: [r for r in runs if (r["method"], r["lr"]) == (m, best[m][0])] for m in best}
+    groups = {}
+    for r in (r for r in runs if r["relearn"]):
+        mark = "" if r["lr"] == best[r["method"]][0] else " (not chosen)"
+        groups.setdefault(f"{r['method']}, lr {r['lr']:g}{mark}", []).append(r)
     groups["retain model"] = [ends[1]]
     if any(r["relearn"] for g in groups.values() for r in g):
-        print("\nAttacks on the chosen: forget probability before, after; of the questions that were not relearned")
+        print("\nAttacks: forget probability before → after, of relearning on the questions that were not relearned")
         lines = []
         for method, group in groups.items():
             line = [method]
@@ -120,15 +123,15 @@ def pictures(rows):
         left.plot(scores["model_utility"], scores.get("forget_quality", 1.0), mark, color="black", markersize=11, label=end)
     left.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
     left.set(yscale="log", xlabel="model utility", ylabel="forget quality", title="unlearned (large: chosen)", ylim=(1e-18, 2))
-    for i, method in enumerate([*best, "retain model"]):
-        for r in rows:
-            own = r.get("method") == method and r["lr"] == best.get(method, (0,))[0] or (method, r.get("end")) == ("retain model", "retain")
-            for attack, style in (("relearn_random", "-"), ("relearn_shortest", "--")):
-                curve = [a for a in r["relearn"] if own and a["attack"] == attack]
-                if curve:
-                    right.plot([a["step"] for a in curve], [a["unseen_forget_prob"] for a in curve], style + "o", markersize=3,
-                               color="black" if method == "retain model" else f"C{i}",
-                               label=method if style == "-" and r.get("seed", 0) == 0 else None)
+    for r in (r for r in rows if r["relearn"]):
+        method = r.get("method", "retain model")
+        label = f"{method}, lr {r['lr']:g}" if "lr" in r else method
+        color = f"C{list(best).index(method)}" if method in best else "black"
+        for attack, style in (("relearn_random", "-"), ("relearn_shortest", "--")):
+            curve = [a for a in r["relearn"] if a["attack"] == attack]
+            right.plot([a["step"] for a in curve], [a["unseen_forget_prob"] for a in curve], style, color=color, markersize=4,
+                       marker="o" if "lr" not in r or r["lr"] == best[method][0] else "x",
+                       label=label if style == "-" and r.get("seed", 0) == 0 else None)
     right.set(xlabel="relearning steps", ylabel="probability of forget answers not relearned", ylim=(0, 1),
               title="20 % relearned, random (solid) or shortest (dashed)")
     for axes in (left, right):
