@@ -279,7 +279,8 @@ def begin(c, proc, name, **sets):
     second = any(m and m.ref == "model" for m in (FORGET[c.forget_loss], RETAIN[c.retain_loss]))
     needs = models.memory_plan(name, c, proc, max(batches, key=lambda batch: sum(len(e.ids) for e in batch)), second)
     takes, has = sum(needs.values()), models.capacity_gb(proc)
-    told = f"{takes:.1f} of {has:.1f} GB a process: " + ", ".join(f"{k} {v:.1f}" for k, v in needs.items())
+    size = lambda gb: f"{gb:.1f} GB" if gb >= 1 else f"{1000 * gb:.0f} MB"  # noqa: E731
+    told = f"{size(takes)} of {size(has)} a process: " + ", ".join(f"{k} {size(v)}" for k, v in needs.items())
     if takes > 1.15 * has:
         raise Mistake(f"--model={name}: a step does not fit, it takes {told}; lower --micro_batch_tokens, or set "
                       "--activation_checkpointing=True, or --parallel=fsdp on more GPUs.")
