@@ -30,7 +30,9 @@ for seed in range(3):
     path = f"{out}/npo_matched_s{seed}"
     if not os.path.isdir(path):
         shutil.copytree(f"{out}/npo_slow_s{seed}/epoch_{best['epoch']:g}", path)
-        shutil.copy(f"{out}/npo_slow_s{seed}/run.json", path)
+        run = json.load(open(f"{out}/npo_slow_s{seed}/run.json"))
+        del run["sha256"]  # of the weights at the end, not of these
+        json.dump(run, open(f"{path}/run.json", "w"))
         json.dump(best, open(f"{path}/scores.json", "w"))
     print(f"seed {seed}: SimNPO ends at {goal:.4f}, NPO is at {best['forget_prob']:.4f} after step {best['step']}")
 P

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The study of configs/results/tofu_smollm2: from the project's root, bash configs/results/tofu_smollm2/run.sh
 # Skips what is done; several shells may share the sweep, each with its own METHODS. Then once, without METHODS, for the rest.
-#   AUTHORS=20   CPU, about four hours of one core: the last 20 authors of TOFU, forget01 the last two, two rates, one seed
+#   AUTHORS=20   CPU, about three hours of one core: the last 20 authors of TOFU, forget01 the last two, two rates, one seed
 #   AUTHORS=all  one GPU: the whole of TOFU, forget10, three rates, three seeds of the chosen one
 set -eu
 python=${PYTHON:-.venv/bin/python} base=${BASE:-HuggingFaceTB/SmolLM2-135M-Instruct} tofu=${TOFU:-locuslab/TOFU}

@@ -122,7 +122,7 @@ def pictures(rows):
         scores = next(r for r in rows if r.get("end") == end)["scores"]
         left.plot(scores["model_utility"], scores.get("forget_quality", 1.0), mark, color="black", markersize=11, label=end)
     left.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
-    left.set(yscale="log", xlabel="model utility", ylabel="forget quality", title="unlearned (large: chosen)", ylim=(1e-18, 2))
+    left.set(yscale="log", xlabel="model utility", ylabel="forget quality", title="unlearned (large: chosen)")
     for r in (r for r in rows if r["relearn"]):
         method = r.get("method", "retain model")
         label = f"{method}, lr {r['lr']:g}" if "lr" in r else method
