@@ -25,7 +25,7 @@ for name, rows in {"full": last20, "retain99": last20[:-40], "retain_perturbed":
 P
 fi
 common="--data=$data --subset=$subset --dtype=bf16 --max_new_tokens=96 --eval_rows=$rows --retain_model=${study}_retain"
-unlearn() {  # method, rate, seed
+unlearn() {  # method, rate, seed, [epochs between scores], [name]
   case $1 in
     simnpo) flags="--forget_loss=simnpo --beta=2.5" ;;
     npo) flags="--forget_loss=npo --beta=0.1" ;;
@@ -35,7 +35,7 @@ unlearn() {  # method, rate, seed
     dpo) flags="--forget_loss=dpo --beta=0.1" ;;
   esac
   $python unlearn.py configs/tofu_smollm2.py $common --base_model=$base --model=${study}_target $flags --forget_weight=1 \
-    --lr=$2 --seed=$3 --epochs=5 --batch_size=8 --warmup=0.2 --schedule=constant --eval_every=5 --out=${study}_$1_$2_s$3
+    --lr=$2 --seed=$3 --epochs=5 --batch_size=8 --warmup=0.2 --schedule=constant --eval_every=${4:-5} --out=${5:-${study}_$1_$2_s$3}
 }
 for rate in $rates; do
   for method in $methods; do unlearn $method $rate 0; done
@@ -50,4 +50,7 @@ names=$(while read -r method rate; do for seed in $seeds; do echo ${study}_${met
 # one rate for every attack, so that none is attacked harder; the retain model is attacked alike
 [ -f ${study}_attacks/relearn.md ] || $python relearn.py $names $also --attacks=relearn_random,relearn_shortest,int4,audits --lr=5e-5 \
   --fraction=0.2 --epochs=10 --batch_size=4 --eval_at=10,20 --out=${study}_attacks
+for method in simnpo npo; do  # two of them once more, scored at each epoch: the same steps, the same weights at the end
+  unlearn $method 1.5e-4 0 1 ${study}_trajectory_$method
+done
 $python $here/table.py collect $study && $python $here/table.py

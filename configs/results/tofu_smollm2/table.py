@@ -41,6 +41,10 @@ def collect(study):
                 "method": METHODS[run["forget_loss"], run["retain_loss"]], "scores": load(f"{name}/scores.json"),
                 "relearn": [r for r in attacked if r["model"] != "retain model"]})
             rows[1]["relearn"] = [r for r in attacked if r["model"] == "retain model"] or rows[1]["relearn"]
+    for path in sorted(glob.glob(f"{study}_trajectory_*/log.jsonl")):
+        run = load(path.replace("log.jsonl", "run.json"))
+        rows.append({"name": os.path.basename(os.path.dirname(path)), "of": METHODS[run["forget_loss"], run["retain_loss"]], "lr": run["lr"],
+                     "relearn": [], "curve": [r for r in load(path, lines=True) if "loss" not in r]})
     return rows
 
 
@@ -110,8 +114,8 @@ def tables(rows):
 
 def pictures(rows):
     best = chosen(rows)
-    figure = Figure(figsize=(11, 4.5), layout="tight")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(15, 4.5), layout="tight")
+    left, middle, right = figure.subplots(1, 3)
     for i, method in enumerate(best):
         points = [r for r in rows if r.get("method") == method]
         for r in points:
@@ -123,6 +127,15 @@ def pictures(rows):
         left.plot(scores["model_utility"], scores.get("forget_quality", 1.0), mark, color="black", markersize=11, label=end)
     left.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
     left.set(yscale="log", xlabel="model utility", ylabel="forget quality", title="unlearned (large: chosen)")
+    for r in (r for r in rows if "curve" in r):
+        x, y = ([row[k] for row in r["curve"]] for k in ("retain_prob", "forget_prob"))
+        middle.plot(x, y, ".-", color=f"C{list(best).index(r['of'])}", label=f"{r['of']}, lr {r['lr']:g}")
+        for row in r["curve"][1:]:
+            middle.annotate(f"{row['epoch']:g}", (row["retain_prob"], row["forget_prob"]), fontsize=8, xytext=(4, 2), textcoords="offset points")
+    for end, mark in (("target", "s"), ("retain", "*")):
+        scores = next(r for r in rows if r.get("end") == end)["scores"]
+        middle.plot(scores["retain_prob"], scores["forget_prob"], mark, color="black", markersize=9)
+    middle.set(xlabel="probability of retain answers", ylabel="probability of forget answers", title="epoch by epoch, from the target (square)")
     for r in (r for r in rows if r["relearn"]):
         method = r.get("method", "retain model")
         label = f"{method}, lr {r['lr']:g}" if "lr" in r else method
@@ -134,7 +147,7 @@ def pictures(rows):
                        label=label if style == "-" and r.get("seed", 0) == 0 else None)
     right.set(xlabel="relearning steps", ylabel="probability of forget answers not relearned", ylim=(0, 1),
               title="20 % relearned, random (solid) or shortest (dashed)")
-    for axes in (left, right):
+    for axes in (left, middle, right):
         axes.legend(fontsize=8)
     path = os.path.join(HERE, "study.png")
     figure.savefig(path, dpi=130)
