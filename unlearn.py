@@ -358,7 +358,7 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
             if not all(map(math.isfinite, (forget_loss, retain_loss, norm))):
                 raise Failure(f"step {step}: forget loss {forget_loss}, retain loss {retain_loss}, gradient norm {norm}; forget "
                               f"examples {[i for i, _ in window]}, retain examples {[j for _, j in window]}. Nothing of it was "
-                              f"applied. The last --save_every is in {c.out}/checkpoint; lower --lr, or mend these rows.")
+                              f"applied. {c.out}/checkpoint has the last --save_every, if any; lower --lr, or mend these rows.")
             row = {"step": step, "epoch": step / per_epoch, "loss": c.forget_weight * forget_loss + c.retain_weight * retain_loss,
                    "forget_loss": forget_loss, "retain_loss": retain_loss, "lr": scheduler.get_last_lr()[0], "grad_norm": norm}
             optimizer.step()

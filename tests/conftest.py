@@ -15,6 +15,7 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import model as models  # noqa: E402
+import unlearn  # noqa: E402
 
 torch.set_num_threads(1)
 SHARED = ROOT.parent / "shared"
@@ -79,6 +80,19 @@ def flags(mini, **more):
     base = dict(benchmark="tofu", subset="forget05", data=mini / "data", template="qa", model=mini / "target",
                 retain_model=mini / "retain", device="cpu", batch_size=4, steps=4, lr=1e-3, eval_every=0, max_new_tokens=8)
     return [f"--{k}={v}" for k, v in (base | more).items()]
+
+
+def stopped(argv, monkeypatch):
+    """A run that ends after its first checkpoint."""
+    real = models.checkpoint
+
+    def stop(*args):
+        real(*args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(models, "checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn.main(argv)
+    monkeypatch.undo()
 
 
 def log_of(out, scored=False):

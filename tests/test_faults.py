@@ -12,7 +12,7 @@ import faults
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flags, log_of
+from conftest import ROOT, flags, log_of, stopped
 
 import configs
 import evaluate
@@ -145,15 +145,7 @@ def test_one_rank_that_fails_stops_all_within_a_minute_with_its_own_sentence(min
 
 def stopped_half_way(mini, out, monkeypatch, **more):
     """A run with a checkpoint of step 3 that was then cut off."""
-    real = models.checkpoint
-
-    def save_once(*args):
-        real(*args)
-        raise KeyboardInterrupt
-    monkeypatch.setattr(models, "checkpoint", save_once)
-    with pytest.raises(KeyboardInterrupt):
-        unlearn.main(flags(mini, out=out, **{"steps": 6, "save_every": 1} | more))
-    monkeypatch.undo()
+    stopped(flags(mini, out=out, **{"steps": 6, "save_every": 1} | more), monkeypatch)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate"])

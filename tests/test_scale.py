@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ROOT, flags, log_of
+from conftest import ROOT, flags, log_of, stopped
 
 import configs
 import data
@@ -46,19 +46,6 @@ RUN = dict(forget_loss="npo", retain_loss="kl", beta=0.5, steps=10, batch_size=3
            activation_checkpointing=True, eval_every=5, max_new_tokens=24)
 HIDDEN = dict(forget_loss="rmu", steps=2, train_only=r"mlp\.down_proj", keep_epochs=True, eval_every=1)
 ATTACK = ["--fraction=0.5", "--steps=2", "--eval_at=2", "--control=False"]
-
-
-def stopped(argv, monkeypatch):
-    """A run that ends after its first checkpoint."""
-    real = models.checkpoint
-
-    def stop(*args):
-        real(*args)
-        raise KeyboardInterrupt
-    monkeypatch.setattr(models, "checkpoint", stop)
-    with pytest.raises(KeyboardInterrupt):
-        unlearn.main(argv)
-    monkeypatch.undo()
 
 
 @pytest.fixture(scope="module")
