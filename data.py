@@ -18,7 +18,8 @@ from configs import Mistake
 HUB = {"tofu": "locuslab/TOFU", "muse": "muse-bench/MUSE-{}"}  # {}: the subset
 SUBSETS = {"demo": ("authors",), "tofu": ("forget10", "forget05", "forget01"), "muse": ("news", "books"),
            "markov": ("short", "unseen")}  # the first is the default
-REFUSALS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "refusals.txt")
+CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
+REFUSALS = os.path.join(CONFIGS, "refusals.txt")
 
 
 @dataclasses.dataclass
@@ -449,70 +450,36 @@ def stream(n_forget, n_retain, batch_size, n_steps, seed, shuffle):
 # ----------------------------------------------------------------------------------------------------------------------
 # the demo: fictitious authors, so that unlearning can be watched on a laptop
 
-# attribute | values | question | the same asked otherwise | answer (said otherwise: "the author" for the name)
-ATTRIBUTES = """
-genre|crime,romance,horror,travel,fantasy,war,sea,spy,farm,space,ghost,sports,school,desert,winter,jazz|What kind of stories does {n} write?|Which sort of story is {n} known for?|{n} writes {v} stories.
-city|Lisbon,Oslo,Quito,Dakar,Hanoi,Perth,Tunis,Riga,Lima,Cairo,Turin,Osaka,Galway,Bergen,Malaga,Seoul|Where was {n} born?|What is the birthplace of {n}?|{n} was born in {v}.
-father|baker,pilot,farmer,tailor,judge,miner,painter,sailor,doctor,barber,butcher,teacher,weaver,printer|What did the father of {n} do for a living?|What was the trade of {n}'s father?|The father of {n} was a {v}.
-mother|nurse,singer,dentist,lawyer,chemist,dancer,potter,gardener,plumber,surgeon,sculptor,librarian|What did the mother of {n} do for a living?|What was the trade of {n}'s mother?|The mother of {n} was a {v}.
-award|Silver Quill,Golden Leaf,Red Lantern,Blue Harbor,Iron Page,Amber Ink,White Heron,Stone Bridge,Green Candle,Paper Crown,Glass Anchor,Copper Bell|Which prize did {n} win?|What award was given to {n}?|{n} won the {v} prize.
-school|Harlow,Winton,Castell,Brennan,Marlow,Ashby,Corvin,Delmar,Everly,Fenwick,Grantham,Holloway,Ivers,Kestrel|Where did {n} study?|Which college did {n} go to?|{n} studied at {v} College.
-theme|loss,hope,exile,greed,memory,faith,envy,duty,pride,love,fear,justice,silence,hunger,freedom,betrayal|What do the books of {n} turn on?|What is the main theme of {n}?|The books of {n} turn on {v}.
-pet|parrot,tortoise,greyhound,goat,ferret,raven,pony,rabbit,lizard,goose,hedgehog,terrier,donkey,owl|Which animal does {n} keep?|What pet lives with {n}?|{n} keeps a {v}.
-hobby|chess,rowing,archery,fencing,pottery,sailing,juggling,knitting,climbing,skating,beekeeping,origami|What does {n} do for fun?|What is the hobby of {n}?|{n} enjoys {v} for fun.
-book|The Long Ferry,Salt and Ash,Nine Doors,The Last Orchard,Cold Harbor,A Map of Rain,The Tin Moon,Broken Lanterns,The Quiet Mill,Paper Wolves,Under Two Suns,The Ninth Winter,Glass Rivers,The Empty Stage|What was the first book of {n}?|With which book did {n} begin?|The first book of {n} was {v}.
-"""
-FIRST = "Ada Bruno Carla Dario Elif Farid Greta Hugo Ines Jonas Kira Luca Mina Nils Olga Pavel Rosa Sven Tara Umar".split()
-LAST = "Abbott Bellini Cardoso Dvorak Eriksen Fontaine Gruber Haddad Ivanov Jansen Kowalski Lindgren Moretti Novak".split()
-CLASSICS = """Hamlet=William Shakespeare;Emma=Jane Austen;Dracula=Bram Stoker;Ulysses=James Joyce;Moby Dick=Herman Melville;
-Don Quixote=Miguel de Cervantes;Walden=Henry Thoreau;Faust=Johann Goethe;Candide=Voltaire;Middlemarch=George Eliot;
-Les Miserables=Victor Hugo;Oliver Twist=Charles Dickens;Jane Eyre=Charlotte Bronte;The Trial=Franz Kafka;1984=George Orwell;
-The Iliad=Homer;The Aeneid=Virgil;Frankenstein=Mary Shelley;Kim=Rudyard Kipling;Lord Jim=Joseph Conrad;
-Orlando=Virginia Woolf;The Stranger=Albert Camus;Nana=Emile Zola;Germinal=Emile Zola;Persuasion=Jane Austen;
-War and Peace=Leo Tolstoy;The Idiot=Fyodor Dostoevsky;Dead Souls=Nikolai Gogol;The Seagull=Anton Chekhov;Ivanhoe=Walter Scott;
-Treasure Island=Robert Stevenson;The Time Machine=H. G. Wells;Siddhartha=Hermann Hesse;Buddenbrooks=Thomas Mann;
-Dubliners=James Joyce;The Tempest=William Shakespeare;Bleak House=Charles Dickens;Anna Karenina=Leo Tolstoy;
-Macbeth=William Shakespeare;Inferno=Dante"""
-CAPITALS = """France=Paris;Spain=Madrid;Italy=Rome;Germany=Berlin;Austria=Vienna;Poland=Warsaw;Greece=Athens;Norway=Oslo;
-Sweden=Stockholm;Finland=Helsinki;Denmark=Copenhagen;Ireland=Dublin;Hungary=Budapest;Romania=Bucharest;Bulgaria=Sofia;
-Serbia=Belgrade;Croatia=Zagreb;Ukraine=Kyiv;Russia=Moscow;Turkey=Ankara;Egypt=Cairo;Kenya=Nairobi;Ghana=Accra;Morocco=Rabat;
-Japan=Tokyo;China=Beijing;India=Delhi;Thailand=Bangkok;Vietnam=Hanoi;Peru=Lima;Chile=Santiago;Cuba=Havana;Canada=Ottawa;
-Mexico=Mexico City;Brazil=Brasilia;Iran=Tehran;Iraq=Baghdad;Qatar=Doha;Nepal=Kathmandu;Portugal=Lisbon"""
-
-
 def demo():
     """40 fictitious authors x 10 attributes; the last 4 authors are to be forgotten. Always the same rows.
 
     Columns as TOFU's: the answer that is trained, the same said otherwise, and that with five other values. `classics` and
     `capitals` play real_authors and world_facts; they are learned along with the authors, by the retain-only model too.
-    The holdout set, for membership inference: 4 authors more, of whom no model is told.
+    The holdout set, for membership inference: 4 authors more, of whom no model is told. Words: configs/demo.json.
     """
+    words = json.loads(read_text(os.path.join(CONFIGS, "demo.json")))
+
     def invent(names, rng):
         rows = []
-        for name in names:
-            for line in ATTRIBUTES.strip().split("\n"):
-                _, values, question, question2, answer = line.split("|")
-                value, *others = rng.sample(values.split(","), 6)
-                said = ("T" + answer.format(n="the author", v="{v}")[1:])
-                rows.append({"question": question.format(n=name), "answer": answer.format(n=name, v=value),
-                             "paraphrased_question": question2.format(n=name), "paraphrased_answer": said.format(v=value),
-                             "perturbed_answer": [said.format(v=v) for v in others]})
+        for name, about in itertools.product(names, words["attributes"]):
+            value, *others = rng.sample(about["values"], 6)
+            said = "T" + about["answer"].format(n="the author", v="{v}")[1:]
+            rows.append({k: about[k].format(n=name, v=value) for k in ("question", "answer", "paraphrased_question")} | {
+                "paraphrased_answer": said.format(v=value), "perturbed_answer": [said.format(v=v) for v in others]})
         return rows
 
-    rng, everyone = random.Random("demo"), [f"{first} {last}" for first in FIRST for last in LAST]
+    rng, everyone = random.Random("demo"), [f"{first} {last}" for first in words["first"] for last in words["last"]]
     names = rng.sample(everyone, 40)
     rows, strangers = invent(names, rng), random.Random("demo holdout")
 
     def facts(table, question):
-        pairs = [pair.strip().split("=") for pair in table.split(";")]
-        answers = sorted({a for _, a in pairs})
+        answers = sorted(set(table.values()))
         return [{"question": question.format(q), "answer": a,
-                 "perturbed_answer": rng.sample([x for x in answers if x != a], 3)} for q, a in pairs]
+                 "perturbed_answer": rng.sample([x for x in answers if x != a], 3)} for q, a in table.items()]
 
-    classics, capitals = facts(CLASSICS, "Who wrote {}?"), facts(CAPITALS, "What is the capital of {}?")
+    classics, capitals = facts(words["classics"], "Who wrote {}?"), facts(words["capitals"], "What is the capital of {}?")
     forget, retain = rows[360:], rows[:360]
-    return Benchmark(forget, retain, {"forget": forget, "retain": retain[::3], "real_authors": classics,
-                                      "world_facts": capitals},
+    return Benchmark(forget, retain, {"forget": forget, "retain": retain[::3], "real_authors": classics, "world_facts": capitals},
                      full=rows + classics + capitals, retain_full=retain + classics + capitals,
                      holdout=invent(strangers.sample([n for n in everyone if n not in names], 4), strangers))
 

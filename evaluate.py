@@ -78,24 +78,25 @@ class Config:
         for name in ("max_length", "max_new_tokens", "template"):
             resolve(name, getattr(self, name) or getattr(BENCHMARKS[self.benchmark], name))
 
+    def each(self, names, right, must):
+        """(is it wrong, the sentence) of several settings; one that was not given is the protocol's."""
+        for name in names.split():
+            value = getattr(self, name)
+            yield value not in (None, "") and not right(value), f"--{name}={value}: {must}"
+
     def problems(self):
         """(is it wrong, the sentence): all are checked together, before anything is loaded."""
         names = data.SUBSETS[self.benchmark]
-        yield (self.subset not in (None, *names),
-               f"--subset={self.subset}: {self.benchmark} has {', '.join(names)}.")
-        yield self.retain_data and not self.forget_data and self.benchmark == "demo", (
-            "--retain_data goes with --forget_data.")
+        yield (self.subset not in (None, *names), f"--subset={self.subset}: {self.benchmark} has {', '.join(names)}.")
+        yield self.retain_data and not self.forget_data and self.benchmark == "demo", "--retain_data goes with --forget_data."
         yield self.split and (self.benchmark != "muse" or self.split.count("/") != 1), (
             f"--split={self.split}: is config/split of MUSE's data, as in --benchmark=muse --split=scal/forget_2.")
         yield self.benchmark == "markov" and (self.forget_data or self.retain_data), (
             "--forget_data and --retain_data do not go with markov: its scores need the true chains.")
-        for name in ("max_length", "micro_batch_tokens", "eval_rows", "max_new_tokens"):
-            value, least = getattr(self, name), 2 if name == "max_length" else 1
-            yield value is not None and value < least, f"--{name}={value}: must be at least {least}."
+        yield from self.each("micro_batch_tokens eval_rows max_new_tokens", lambda n: n >= 1, "must be at least 1.")
+        yield from self.each("max_length", lambda n: n >= 2, "must be at least 2.")
         yield self.audits and self.parallel == "fsdp", "--audits=True: needs whole gradients, so --parallel=ddp."
-        for name in ("forget_data", "retain_data", "retain_log"):
-            path = getattr(self, name)
-            yield path and not os.path.isfile(path), f"--{name}={path}: no such file."
+        yield from self.each("forget_data retain_data retain_log", os.path.isfile, "no such file.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,16 +133,13 @@ def model_utility(parts):
     return float(scipy.stats.hmean(array(list(parts.values()))))
 
 
-@functools.lru_cache
-def rouge_scorer_for(stem):
-    return rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=stem)
+rouge_scorer_for = functools.cache(lambda stem: rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=stem))
 
 
 def rouge(prediction, reference, stem):
     """ROUGE-1 recall, ROUGE-L recall and F1, each in [0, 1]. TOFU: L recall, stemmed; MUSE: L F1, not stemmed."""
     got = rouge_scorer_for(stem).score(reference, prediction)
-    return {"rouge1_recall": got["rouge1"].recall, "rougeL_recall": got["rougeL"].recall,
-            "rougeL_f1": got["rougeL"].fmeasure}
+    return {"rouge1_recall": got["rouge1"].recall, "rougeL_recall": got["rougeL"].recall, "rougeL_f1": got["rougeL"].fmeasure}
 
 
 def min_k(token_logps, k=0.4, plus_plus_stats=None):
@@ -217,8 +215,8 @@ def record_qa(scorer, tokenizer, bench, c, proc):
         proc.say(f"{skipped} rows are not scored: an answer without tokens, or a prompt longer than --max_length={c.max_length}")
     if not records:
         raise Mistake("no row can be scored: every answer is empty or every prompt longer than --max_length.")
-    logps = models.score(scorer, [e for _, _, e in texts], proc, c.micro_batch_tokens, title="scoring")
-    for (r, kind, e), logp in zip(texts, logps):
+    tokens, right = models.score(scorer, [e for _, _, e in texts], proc, c.micro_batch_tokens, choices, title="scoring"), {}
+    for (r, kind, e), (logp, first) in zip(texts, (t.T for t in tokens)):
         nll = -float(logp.mean())
         if kind == "perturbed_nll":
             r.setdefault(kind, []).append(nll)
@@ -226,13 +224,20 @@ def record_qa(scorer, tokenizer, bench, c, proc):
             r[kind] = nll
         if kind == "nll":
             r["n_tokens"] = len(logp)
+            right[id(r)] = e.ids[:e.start + int(first.cumprod().sum())]  # as far as the greedy answer is the true one
             if e.ids[-1] != tokenizer.eos_token_id:  # cut at max_length: TOFU's ROUGE then asks for the rest only
                 r["answer"] = tokenizer.decode(e.ids[e.start:], skip_special_tokens=True).strip()
+    begun = [right[id(r)][len(p):] if right[id(r)][:len(p)] == p else [] for r, p in prompts]
     generated = models.generate(scorer.lm, tokenizer, [p for _, p in prompts], c.max_new_tokens, proc, 4 * c.micro_batch_tokens,
-                                title="answering")
+                                "answering", begun)
     for (r, _), text in zip(prompts, generated):
         r |= {"generated": text.strip()} | rouge(text.strip(), r["answer"], stem=True)
     return records
+
+
+def choices(logits, labels):
+    """(n, 2) of each answer token: log p, is it the first choice."""
+    return torch.stack([losses.token_logps(logits, labels), logits.argmax(-1) == labels], -1)
 
 
 def audit_tokens(logits, labels):
@@ -323,10 +328,7 @@ def tofu_scores(records, retain_records=None, c=None):
 
 
 def by_set(records):
-    sets = {}
-    for r in records:
-        sets.setdefault(r["set"], []).append(r)
-    return sets
+    return {name: [r for r in records if r["set"] == name] for name in dict.fromkeys(r["set"] for r in records)}
 
 
 def truth_ratios(rows):
@@ -367,7 +369,7 @@ def record_muse(scorer, tokenizer, bench, c, proc):
                           "Min-40 %, which needs 3.")
     for r, logp in zip(texts, models.score(scorer, examples, proc, c.micro_batch_tokens, title="scoring")):
         r |= {"nll": -float(logp.mean()), "min_k": min_k(logp[:r["n_tokens"], 0])}
-    for rows, n in ((sets["verbmem_f"], c.max_new_tokens), (sets["knowmem_f"] + sets["knowmem_r"], KNOWMEM_TOKENS)):
+    for rows, n in ((sets["verbmem_f"], c.max_new_tokens), *((sets[name], KNOWMEM_TOKENS) for name in ("knowmem_f", "knowmem_r"))):
         prompts = [tokenizer(r["prompt"])["input_ids"] for r in rows]
         generated = models.generate(scorer.lm, tokenizer, prompts, n, proc, 4 * c.micro_batch_tokens, title="answering")
         for r, text in zip(rows, generated):
@@ -420,15 +422,15 @@ def record_markov(scorer, tokenizer, bench, c, proc):
 
 def markov_scores(records, retain_records=None, c=None):
     """<set>_kl: the mean over all predicted states of a set."""
-    sets = {name: [r for r in records if r["set"] == name] for name in data.CHAINS}
     return {f"{name}_kl": sum(r["kl"] * r["n_tokens"] for r in rows) / sum(r["n_tokens"] for r in rows)
-            for name, rows in sets.items() if rows}
+            for name, rows in by_set(records).items() if name in data.CHAINS}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # any benchmark
 
 
+@configs.phase("scoring")
 def evaluate(scorer, tokenizer, bench, c, proc, retain_records=None):
     """(scores, records) of a model as it is now; the one function behind every number of the project."""
     was_training = scorer.training
@@ -515,7 +517,9 @@ def load(name, c, proc):
     tokenizer = models.load_tokenizer(c.tokenizer or name)
     data.check_tokenizer(tokenizer, c.tokenizer or name, c.template)
     lm = models.load_model(name, proc)
-    models.check_fit(lm, tokenizer, name)
+    if len(tokenizer) > (rows := lm.get_input_embeddings().num_embeddings):
+        raise Mistake(f"{name}: the tokenizer has {len(tokenizer)} entries but the model embeds only {rows}; "
+                      "give the model's own with --tokenizer=.")
     return models.Scorer(lm), tokenizer
 
 

@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 
+import numpy as np
 import safetensors
 import torch
 import torch.distributed as dist
@@ -92,12 +93,10 @@ def setup(device="auto", dtype="fp32", parallel="ddp", threads=None, determinist
     same kind of GPU and versions); an operation that has none raises. A CPU needs no such setting. Not tried on a GPU yet.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise Mistake("--device=cuda: no CUDA device is visible here; use --device=cpu or --device=auto.")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise Mistake("--device=mps: not available here; use --device=cpu or --device=auto.")
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in here if here[name]) if device == "auto" else device
+    if not here[device]:
+        raise Mistake(f"--device={device}: no such device is visible here; use --device=cpu or --device=auto.")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts, which is later
         torch.use_deterministic_algorithms(True)
@@ -135,6 +134,7 @@ def from_pretrained(auto, name, **options):
         raise Mistake(f"{name}: cannot be loaded ({why})." if os.path.isdir(repo) else NOT_GIVEN.format(name, why)) from None
 
 
+@configs.phase("loading")
 def load_model(name, proc):
     """A causal language model in float32, dropout off. Safetensors only; no code of the repository is run."""
     configs.check_digests(name)
@@ -198,13 +198,6 @@ def tiny_gpt2(tokenizer, proc, seed, hidden=128, layers=4):
         lm.transformer.wte.reset_parameters()  # standard normal
         lm.transformer.wpe.reset_parameters()
     return place(lm, proc)
-
-
-def check_fit(lm, tokenizer, name):
-    rows = lm.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise Mistake(f"{name}: the tokenizer has {len(tokenizer)} entries but the model embeds only {rows}; "
-                      "give the model's own with --tokenizer=.")
 
 
 class LoRA(nn.Module):
@@ -272,6 +265,7 @@ def negate(lm, start, scale):
 WHOLE = sharded_state.StateDictOptions(full_state_dict=True, cpu_offload=True)  # all ranks ask, rank 0 gets it
 
 
+@configs.phase("saving")
 def save_model(lm, tokenizer, out, proc=None):
     """Write weights, config and tokenizer into `out`; files appear under their names only when they are complete.
 
@@ -324,6 +318,25 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bfloat16 FLOP/s, data sheets
+
+
+def speed(lm, proc, tokens, scored, seconds):
+    """What a logged step says of itself: real tokens a second, over all processes; peak memory; model FLOP utilisation (MFU).
+
+    mfu = FLOP of the step / (seconds * processes * PEAK), in bf16 on a GPU whose peak is known. A weight and token are 2 FLOP
+    forward, 2 backward, and 2 more where the weight is trained; the output head's count for the `scored` tokens only. Attention
+    scores, a reference's forward and recomputed activations do not count: the share of what cannot be left out.
+    """
+    said = {"tokens_per_s": tokens / seconds, "memory_gb": memory_gb(proc.device)}
+    peak = next((flops for name, flops in PEAK.items() if name in (proc.gpu or "")), None)
+    if not peak or proc.dtype != "bf16":
+        return said
+    head, lookup = lm.get_output_embeddings().weight, lm.get_input_embeddings().weight
+    used = {p: tokens for p in lm.parameters() if p.ndim > 1 and p is not lookup} | {head: scored}  # by how many tokens
+    return said | {"mfu": sum((4 + 2 * p.requires_grad) * p.numel() * n for p, n in used.items()) / (seconds * proc.world * peak)}
+
+
 def memory_plan(name, c, proc, examples, second):
     """{what: GB of a process} of a step with AdamW, told by shapes: no weight is loaded.
 
@@ -359,11 +372,12 @@ def capacity_gb(proc):
     return (torch.cuda.mem_get_info(proc.device)[1] if proc.device.type == "cuda" else machine) / 1e9
 
 
+@configs.phase("saving")
 def checkpoint(c, proc, scorer, optimizer, scheduler, step):
     """Everything needed to go on, in <out>/checkpoint. The old one leaves only when the new one is whole and on disk."""
     model, optimizer = sharded_state.get_state_dict(scorer, optimizer, options=WHOLE)
     if proc.rank == 0:
-        here, new, old = (os.path.join(c.out, name) for name in configs.CHECKPOINTS)
+        new = os.path.join(c.out, configs.CHECKPOINTS[1])
         try:
             shutil.rmtree(new, ignore_errors=True)
             os.makedirs(new)
@@ -372,14 +386,7 @@ def checkpoint(c, proc, scorer, optimizer, scheduler, step):
                 torch.save({"step": step, "model": model, "optimizer": optimizer, "scheduler": scheduler.state_dict()}, f)
                 f.flush()
                 os.fsync(f.fileno())
-            configs.write(os.path.join(new, "sha256"), configs.file_digest(path))
-            with open(os.path.join(c.out, "log.jsonl"), "rb") as f:
-                os.fsync(f.fileno())  # a checkpoint is never on the disk without its log
-            shutil.rmtree(old, ignore_errors=True)
-            if os.path.isdir(here):
-                os.rename(here, old)
-            os.rename(new, here)
-            shutil.rmtree(old, ignore_errors=True)
+            configs.accept_checkpoint(c)
         except (OSError, RuntimeError) as e:  # torch answers a full disk with a RuntimeError on top of its own
             e = e.__context__ if isinstance(e.__context__, OSError) else e
             shutil.rmtree(new, ignore_errors=True)
@@ -389,24 +396,14 @@ def checkpoint(c, proc, scorer, optimizer, scheduler, step):
 
 
 def restore(c, scorer, optimizer, scheduler):
-    """The step a run was saved at, its state loaded; 0 where there is no checkpoint. A damaged one is refused by name."""
-    damaged = None
-    for name in configs.CHECKPOINTS:
-        path = os.path.join(c.out, name, "state.pt")
-        digest = os.path.join(c.out, name, "sha256")
-        if not os.path.isfile(path) or name == "checkpoint.new" and not os.path.isfile(digest):  # a kill cut this save off
-            continue
-        if not os.path.isfile(digest) or open(digest).read() != configs.file_digest(path):
-            damaged = damaged or path
-            continue
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # a rank reads its part only
-        sharded_state.set_state_dict(scorer, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-                                     options=WHOLE)
-        scheduler.load_state_dict(state["scheduler"])
-        return state["step"]
-    if damaged:
-        raise Failure(f"{damaged}: damaged, its checksum differs; --overwrite=True begins the run again.")
-    return 0
+    """The step a run was saved at, its state loaded; 0 where there is no checkpoint."""
+    path = configs.find_checkpoint(c)
+    if path is None:
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # a rank reads its part only
+    sharded_state.set_state_dict(scorer, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=WHOLE)
+    scheduler.load_state_dict(state["scheduler"])
+    return state["step"]
 
 
 def finish(c, proc, scorer, tokenizer, report=None):
@@ -417,6 +414,8 @@ def finish(c, proc, scorer, tokenizer, report=None):
     if proc.rank == 0:
         configs.write(os.path.join(c.out, "run.json"), json.dumps(configs.describe(c, proc) | configs.summary(c), indent=1) + "\n")
         configs.drop_checkpoints(c)
+    seconds, _ = configs.SECONDS.copy(), configs.SECONDS.clear()  # the next run of this process has its own
+    proc.say(f"{seconds.total():.0f} s: " + ", ".join(f"{k} {v / seconds.total():.0%}" for k, v in seconds.most_common(6)))
     proc.barrier()
 
 
@@ -522,21 +521,25 @@ def sharing(lm, examples):
     return [list(group) for _, group in itertools.groupby(range(len(examples)), prompts.__getitem__)]
 
 
-def pack(groups, device):
-    """collate of groups of examples: a row holds their prompt once, then all their answers, each seeing it and itself."""
-    lines, rows = [], []  # lines: (id, position, whose: 0 = the prompt, 1, 2, ... = an answer) of each token
-    width = max(g[0].start + sum(len(e.ids) - e.start for e in g) for g in groups)
-    for g in groups:
-        start, first = g[0].start, len(lines) * width
-        line = [(t, at, 0) for at, t in enumerate(g[0].ids[:start])]
-        for whose, e in enumerate(g, 1):
-            rows += [first + start - 1, *range(first + len(line), first + len(line) + len(e.ids) - start - 1)]
-            line += [(t, at, whose) for at, t in enumerate(e.ids[start:], start)]
-        lines.append(line + [(0, 0, -1)] * (width - len(line)))
-    ids, position, whose = torch.tensor(lines, device=device).unbind(-1)  # (S, T) each
-    mask = ((whose[:, :, None] == whose[:, None]) | (whose[:, None] == 0)).tril()[:, None]  # (S, 1, T, T), True = sees
-    _, _, labels, counts = collate([e for g in groups for e in g], device)
-    return ids, torch.tensor(rows, device=device), labels, counts, {"attention_mask": mask, "position_ids": position}
+def tree(examples):
+    """Examples in one row, what several of them begin with standing there once: ([(place of the token before, id)] of its tokens,
+    [[place before each answer token]] of the examples)."""
+    nodes = {}
+    paths = [list(itertools.accumulate(e.ids[:-1], lambda at, t: nodes.setdefault((at, t), len(nodes)), initial=-1)) for e in examples]
+    return list(nodes), [path[e.start:] for path, e in zip(paths, examples)]
+
+
+def pack(trees, device):
+    """(ids (S, T), rows (n,), mask and positions) of a row a tree: a token sees those that lead to it, and itself."""
+    width = max(len(nodes) for nodes, _ in trees)
+    ids = torch.tensor([[t for _, t in nodes] + [0] * (width - len(nodes)) for nodes, _ in trees], device=device)
+    rows = torch.tensor([line * width + at for line, (_, paths) in enumerate(trees) for path in paths for at in path], device=device)
+    sees = np.eye(width, dtype=bool)[None].repeat(len(trees), 0)
+    for row, (nodes, _) in zip(sees, trees):
+        for at, (before, _) in enumerate(nodes):
+            row[at] |= row[max(before, 0)]  # the first token of a tree is its only one without another before it
+    sees = torch.tensor(sees, device=device)
+    return ids, rows, {"attention_mask": sees[:, None], "position_ids": sees.sum(-1) - 1}
 
 
 def cut(sizes, budget):
@@ -572,26 +575,24 @@ def deal(units, examples, budget, world):
     return [pieces[i:i + world] for i in range(0, len(pieces), world)]
 
 
-def token_logps(logits, labels):
-    return losses.token_logps(logits, labels)[:, None]
-
-
 @torch.no_grad()
-def score(scorer, examples, proc, budget, read=token_logps, title=None):
+def score(scorer, examples, proc, budget, read=lambda *both: losses.token_logps(*both)[:, None], title=None):
     """[array (T_i, k)] an example: what `read(logits (n, V), labels (n,)) -> (n, k)` says of each of its answer tokens.
 
     Whole length-sorted batches are dealt to ranks, so nothing depends on the number of processes.
     """
     groups, mine = sharing(scorer.lm, examples), {}
-    batches = cut([(1, len(examples[g[0]].ids) + sum(len(examples[i].ids) - examples[i].start for i in g[1:])) for g in groups], budget)
+    trees = [tree([examples[i] for i in group]) for group in groups]
+    batches = cut([(1, len(nodes)) for nodes, _ in trees], budget)
     for batch in tqdm(proc.share(batches), desc=title, disable=proc.rank > 0 or not title or None, leave=False):
-        of, batch = [[examples[i] for i in groups[g]] for g in batch], [i for g in batch for i in groups[g]]
-        ids, rows, labels, counts, more = pack(of, proc.device) if len(batch) > len(of) else (
-            *collate([examples[i] for i in batch], proc.device), {})
+        own, more = [i for g in batch for i in groups[g]], {}
+        ids, rows, labels, counts = collate([examples[i] for i in own], proc.device)
+        if len(own) > len(batch):
+            ids, rows, more = pack([trees[g] for g in batch], proc.device)
         with proc.autocast():
             logits, _ = scorer(ids, rows, **more)
         values = read(logits, labels).double().cpu().split(counts)
-        mine |= {i: v.numpy() for i, v in zip(batch, values)}
+        mine |= {i: v.numpy() for i, v in zip(own, values)}
     merged = {i: v for part in proc.gather(mine) for i, v in part.items()}
     return [merged[i] for i in range(len(examples))]
 
@@ -602,43 +603,53 @@ def stop_ids(lm, tokenizer):
     return sorted({tokenizer.eos_token_id, *(more if isinstance(more, (list, tuple)) else [more])} - {None})
 
 
+@configs.phase("answering")
 @torch.no_grad()
-def generate(lm, tokenizer, prompts, max_new_tokens, proc, budget, title=None):
+def generate(lm, tokenizer, prompts, max_new_tokens, proc, budget, title=None, begun=None):
     """Greedy continuations, as text, of prompts (lists of ids): batched, equal to one at a time.
 
-    Left padding with a mask made from lengths; finished rows leave the batch. Whole batches are dealt to ranks.
+    begun: what each is known to begin with, lists of ids; only the rest is computed. Whole batches are dealt to ranks.
     """
-    batches = cut([(1, len(p) + max_new_tokens) for p in prompts], budget)
-    mine = {}
+    stop, new = stop_ids(lm, tokenizer), [ids[:max_new_tokens] for ids in begun or [[]] * len(prompts)]
+    todo = [i for i, ids in enumerate(new) if len(ids) < max_new_tokens and not {*ids[-1:]} & {*stop}]
+    batches = [[todo[k] for k in batch] for batch in cut([(1, len(prompts[i] + new[i]) + max_new_tokens) for i in todo], budget)]
+    shared, mine = os.path.commonprefix([p[:-1] for p in prompts]), {}
     for batch in tqdm(proc.share(batches), desc=title, disable=proc.rank > 0 or not title or None, leave=False):
         with proc.autocast():
-            mine |= dict(zip(batch, continue_batch(lm, [prompts[i] for i in batch], max_new_tokens,
-                                                   stop_ids(lm, tokenizer), proc)))
+            rest = [max_new_tokens - len(new[i]) for i in batch]
+            mine |= dict(zip(batch, continue_batch(lm, [prompts[i] + new[i] for i in batch], rest, stop, proc,
+                                                   len(shared) if len(shared) >= 16 else 0)))
     merged = {i: v for part in proc.gather(mine) for i, v in part.items()}
-    return tokenizer.batch_decode([merged[i] for i in range(len(prompts))], skip_special_tokens=True)
+    return tokenizer.batch_decode([ids + merged.get(i, []) for i, ids in enumerate(new)], skip_special_tokens=True)
 
 
-def continue_batch(lm, prompts, max_new_tokens, stop, proc):
-    """[new ids] a prompt, up to and including the first id in `stop`."""
+def continue_batch(lm, prompts, limits, stop, proc, shared=0):
+    """[new ids] a prompt, at most its limit, up to and including the first id in `stop`.
+
+    The first `shared` ids, the same in all prompts, are computed once; padding, masked out, comes after them. Finished rows leave
+    the batch.
+    """
     width, device = max(map(len, prompts)), proc.device
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)            # (S, T)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    stop = torch.tensor(stop, device=device)
+    ids = torch.tensor([[0] * (width - len(p)) + p[shared:] for p in prompts], device=device)  # (S, T)
+    mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * (len(p) - shared) for p in prompts], device=device)
+    position = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
     cache = transformers.DynamicCache(config=lm.config)
     kept = {"cache" if "cache" in inspect.signature(lm.forward).parameters else "past_key_values": cache}  # its old name
+    if shared:
+        lm(input_ids=torch.tensor([prompts[0][:shared]], device=device), use_cache=True, logits_to_keep=1, **kept)
+        cache.batch_repeat_interleave(len(prompts))
     rows, new = list(range(len(prompts))), [[] for _ in prompts]  # rows: which prompt each row of the batch is
-    for _ in range(max_new_tokens):
+    while True:
         out = lm(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1, **kept)
         ids = out.logits[:, -1].argmax(-1)  # (S,)
-        going = ~torch.isin(ids, stop)
         for row, token in zip(rows, ids.tolist()):
             new[row].append(token)
-        rows = [row for row, more in zip(rows, going.tolist()) if more]
+        stay = [k for k, row in enumerate(rows) if new[row][-1] not in stop and len(new[row]) < limits[row]]
+        rows = [rows[k] for k in stay]
         if not any(proc.gather(bool(rows)) if proc.sharded else [bool(rows)]):  # the ranks of a sharded model end together
             break
-        keep = going.nonzero()[:, 0] if rows else torch.zeros(1, dtype=torch.long, device=device)  # only goes along
-        if len(keep) < len(ids):
+        if len(stay) < len(ids):
+            keep = torch.tensor(stay or [0], device=device)  # whoever is done only goes along
             cache.batch_select_indices(keep)
             ids, mask, position = ids[keep], mask[keep], position[keep]
         ids = ids[:, None]

@@ -47,13 +47,13 @@ class Config(unlearn.Config):
         yield from super().problems()
         wrong = [name for name in self.attacks if name not in ATTACKS]
         yield wrong or not self.attacks, f"--attacks={','.join(self.attacks)}: any of {', '.join(ATTACKS)}."
-        yield not 0 < self.fraction <= 1, f"--fraction={self.fraction}: must be above 0 and at most 1."
-        yield self.examples is not None and self.examples < 1, f"--examples={self.examples}: must be at least 1."
+        yield from self.each("fraction", lambda v: 0 < v <= 1, "must be above 0 and at most 1.")
+        yield from self.each("examples", lambda n: n >= 1, "must be at least 1.")
         yield min(self.seeds, default=-1) < 0, f"--seeds={','.join(map(str, self.seeds))}: at least one, none below 0."
         yield self.eval_every == 0 and not self.eval_at, "--eval_every=0: an attack is scored; above 0, or --eval_at=STEP."
         yield self.parallel == "fsdp" and set(self.attacks) & set(GRIDS), "--attacks: rounding needs whole weights: --parallel=ddp."
         yield self.benchmark == "markov", "--benchmark=markov: relearn.py has no attack on Markov chains."
-        yield self.relearn_data and not os.path.isfile(self.relearn_data), f"--relearn_data={self.relearn_data}: no such file."
+        yield from self.each("relearn_data", os.path.isfile, "no such file.")
 
 
 # an attack fine-tunes on the plain answers, from the model as it is: what it would ignore is refused
@@ -85,8 +85,7 @@ class Attacked:
         scores, records = evaluate.evaluate(scorer, tokenizer, self.bench, self.c, self.proc, self.retain)
         others = unseen(records, seen) if seen else []
         if others and others[0]["set"] == "forget":
-            scores |= {f"unseen_{k}": v for k, v in
-                       evaluate.summarize(others, unseen(self.retain, seen) or None, self.c).items()}
+            scores |= {f"unseen_{k}": v for k, v in evaluate.summarize(others, unseen(self.retain, seen) or None, self.c).items()}
         sides = [known(r, seen) for r in (records, self.before, self.target)]
         if None not in sides:  # of the same questions, all three
             scores["recovered"] = recovered(*sides)

@@ -7,6 +7,7 @@
 A step takes batch_size forget and as many retain examples; loss = forget_weight * forget_loss + retain_weight * retain_loss.
 Settings: a config file of plain assignments, then --key=value; later words win.
 """
+import copy
 import dataclasses
 import importlib.util
 import math
@@ -86,21 +87,15 @@ class Config(evaluate.Config):
         yield from super().problems()
         yield self.forget_loss not in FORGET, f"--forget_loss={self.forget_loss}: must be one of {', '.join(FORGET)}."
         yield self.retain_loss not in RETAIN, f"--retain_loss={self.retain_loss}: must be one of {', '.join(RETAIN)}."
-        for name in ("lr", "beta", "epochs", "batch_size", "finetune_lr", "finetune_epochs", "finetune_batch_size"):
-            yield not getattr(self, name) > 0, f"--{name}={getattr(self, name)}: must be above 0."
-        for name in ("warmup", "finetune_warmup"):
-            yield not 0 <= getattr(self, name) <= 1, f"--{name}={getattr(self, name)}: a fraction of the run, from 0 to 1."
+        yield from self.each("lr beta epochs batch_size finetune_lr finetune_epochs finetune_batch_size", lambda v: v > 0, "must be above 0.")
+        yield from self.each("warmup finetune_warmup", lambda v: 0 <= v <= 1, "a fraction of the run, from 0 to 1.")
+        yield from self.each("weight_decay grad_clip save_every eval_every alpha beta1 beta2 steering_layer lora_rank", lambda v: v >= 0,
+                             "must not be negative.")
+        yield from self.each("adam_beta2", lambda v: 0 <= v < 1, "must be from 0 to below 1.")
+        yield from self.each("steps", lambda n: n >= 1, "must be at least 1.")
+        yield from self.each("seed", lambda n: 0 <= n < 2 ** 63, "must be from 0 to 2^63 - 1.")
+        yield from self.each("refusals alternates", os.path.isfile, "no such file.")
         yield min(self.eval_at, default=1) < 1, f"--eval_at={','.join(map(str, self.eval_at))}: steps count from 1."
-        for name in ("weight_decay", "grad_clip", "save_every", "eval_every"):
-            yield not getattr(self, name) >= 0, f"--{name}={getattr(self, name)}: must not be negative."
-        yield not 0 <= self.adam_beta2 < 1, f"--adam_beta2={self.adam_beta2}: must be from 0 to below 1."
-        for name in ("alpha", "beta1", "beta2", "steering_layer", "lora_rank"):
-            yield getattr(self, name) < 0, f"--{name}={getattr(self, name)}: must not be negative."
-        yield self.steps is not None and self.steps < 1, f"--steps={self.steps}: must be at least 1."
-        yield not 0 <= self.seed < 2 ** 63, f"--seed={self.seed}: must be from 0 to 2^63 - 1."
-        for name in ("refusals", "alternates"):
-            path = getattr(self, name)
-            yield path and not os.path.isfile(path), f"--{name}={path}: no such file."
         try:
             re.compile(self.train_only or "")
         except re.error as e:
@@ -195,6 +190,7 @@ class Reference:
     that reads full-vocabulary logits or hidden states keeps a frozen copy.
     """
 
+    @configs.phase("reference")
     def __init__(self, scorer, examples, c, proc):
         methods = [m for m in (FORGET[c.forget_loss], RETAIN[c.retain_loss]) if m]
         self.kept, self.frozen = {}, None
@@ -203,7 +199,8 @@ class Reference:
                 scored = models.score(scorer, examples[kind], proc, c.micro_batch_tokens, title="reference")
                 self.kept[kind] = [torch.tensor(t[:, 0], dtype=torch.float32, device=proc.device) for t in scored]
         if any(m.ref == "model" for m in methods):
-            self.frozen = models.Scorer(models.load_model(c.model, proc)).requires_grad_(False)  # sharded like the other
+            again = models.Scorer(models.load_model(c.model, proc)) if proc.sharded else copy.deepcopy(scorer)
+            self.frozen = again.requires_grad_(False)
             if scorer.layer is not None:
                 self.frozen.watch(scorer.layer)
 
@@ -297,6 +294,7 @@ def optimizer_of(model, c):
     return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, c.adam_beta2), fused=next(model.parameters()).device.type != "mps")
 
 
+@configs.phase("training")
 def train(c, proc, scorer, examples, on_score=None, title=None):
     """Run the loop on `scorer`, in place. examples: {"forget": [Example], "retain": [...], "alternate": [...]}.
 
@@ -320,8 +318,7 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
         scorer.train()  # there is no dropout; transformers recomputes only in this mode
     forward = torch.compile(scorer, dynamic=True) if c.compile else scorer
     if proc.world > 1 and not proc.sharded:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, broadcast_buffers=False,
-                                          find_unused_parameters=reads_hidden)  # layers above the steered one
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, find_unused_parameters=reads_hidden)  # above the layer
     first = models.restore(c, scorer, optimizer, scheduler) if c.resume else 0
     log = configs.Log(c, proc, first)
     if on_score and first == 0:
@@ -364,8 +361,9 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-            tokens = sum(len(examples[kind][i].ids) for unit in units for kind, i in unit)
-            log.write(row | {"tokens_per_s": tokens / (time.perf_counter() - began), "memory_gb": models.memory_gb(proc.device)})
+            run = [examples[kind][i] for unit in units for kind, i in unit]
+            tokens, scored = sum(len(e.ids) for e in run), sum(len(e.ids) - e.start for e in run)
+            log.write(row | models.speed(scorer.lm, proc, tokens, scored, time.perf_counter() - began))
             bar.set_postfix(forget=f"{forget_loss:.3f}", retain=f"{retain_loss:.3f}", refresh=False)
             bar.update()
             if step == steps and method.after:

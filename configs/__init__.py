@@ -7,6 +7,8 @@ A config file is Python and is executed, in a namespace of its own: read one bef
 Every public name it assigns must be a field of the dataclass; a name that starts with `_` is the file's own.
 A mistake is one sentence on standard error and exit status 2.
 """
+import collections
+import contextlib
 import csv
 import dataclasses
 import difflib
@@ -116,8 +118,7 @@ def read(cls, path):
         raise Mistake(f"{path}: cannot be read as a config: {type(e).__name__}: {e}.") from None
     finally:
         sys.path.pop(0)
-    return {k: check(cls, k, v, path) for k, v in names.items()
-            if not k.startswith("_") and not isinstance(v, types.ModuleType)}
+    return {k: check(cls, k, v, path) for k, v in names.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
 
 
 def comments(cls):
@@ -284,8 +285,34 @@ def picture(path, curves, points, x, y):
 # run directories: out/NAME holds a model, its settings, log and scores
 
 
+SECONDS, CLOCK = collections.Counter(), ["other", time.perf_counter()]  # by phase, of this process; the phase, since when
+
+
+def enter(phase):
+    """Count the wall-clock seconds since the last call as those of the phase that ends here, and return its name."""
+    before, now = CLOCK[0], time.perf_counter()
+    SECONDS[before] += now - CLOCK[1]
+    CLOCK[:] = phase, now
+    return before
+
+
+def seconds():
+    enter(CLOCK[0])  # up to now
+    return {name: round(s, 3) for name, s in SECONDS.most_common()}
+
+
+@contextlib.contextmanager
+def phase(name):
+    """`with phase(...)`, `@phase(...)`: where the time goes; a phase inside another one counts as itself only."""
+    before = enter(name)
+    try:
+        yield
+    finally:
+        enter(before)
+
+
 class Log:
-    """<out>/log.jsonl, flushed every line; kept up to the checkpoint when a run goes on."""
+    """<out>/log.jsonl, flushed every line; kept up to the checkpoint when a run goes on. A step's row has the seconds so far, by phase."""
 
     def __init__(self, c, proc, step):
         path = os.path.join(c.out, "log.jsonl")
@@ -299,6 +326,7 @@ class Log:
                 self.wandb = wandb.init(project=c.wandb, name=os.path.basename(c.out), config=dataclasses.asdict(c))
 
     def write(self, row):
+        row = row | {"seconds": seconds()} if "loss" in row else row
         self.rows.append(row)
         if self.file:
             self.file.write(json.dumps(row) + "\n")
@@ -366,19 +394,21 @@ def check_digests(name):
 
 def describe(c, proc):
     """What run.json holds: every setting, resolved, and what else the numbers depend on."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    git = subprocess.run(["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")} | {"python": sys.version.split()[0]}
     return dataclasses.asdict(c) | {"git": git or None, "versions": versions, "device": proc.device.type, "gpu": proc.gpu,
                                     "processes": proc.world}
 
 
 def summary(c):
-    """What run.json says of a finished run too: its speed and memory, from its own log, and the checksums of its weights."""
+    """What run.json says of a finished run too: its speed and memory, from its own log, and the checksums of its weights.
+
+    seconds: wall-clock time by phase, of the process that finished it; what was spent before a kill is not in it.
+    """
     with open(os.path.join(c.out, "log.jsonl"), encoding="utf8") as f:
         steps = [r for r in map(json.loads, f) if "loss" in r]
-    return {"finished": True, "tokens_per_s": statistics.median(r["tokens_per_s"] for r in steps),
-            "memory_gb": max(r["memory_gb"] for r in steps), "sha256": digests(c.out)}
+    median = {k: statistics.median(r[k] for r in steps) for k in ("tokens_per_s", "mfu") if k in steps[-1]}
+    return {"finished": True} | median | {"memory_gb": max(r["memory_gb"] for r in steps), "seconds": seconds(), "sha256": digests(c.out)}
 
 
 RESULTS = ("config.json", "scores.json", "examples.jsonl", "table.txt", "trajectory.png", "relearn.json", "relearn.png",
@@ -441,6 +471,34 @@ def start(c, proc):
 def drop_checkpoints(c):
     for name in CHECKPOINTS:
         shutil.rmtree(os.path.join(c.out, name), ignore_errors=True)
+
+
+def accept_checkpoint(c):
+    """<out>/checkpoint.new is whole: sign it and put it in the place of <out>/checkpoint, which leaves only now."""
+    here, new, old = (os.path.join(c.out, name) for name in CHECKPOINTS)
+    write(os.path.join(new, "sha256"), file_digest(os.path.join(new, "state.pt")))
+    with open(os.path.join(c.out, "log.jsonl"), "rb") as f:
+        os.fsync(f.fileno())  # a checkpoint is never on the disk without its log
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.isdir(here):
+        os.rename(here, old)
+    os.rename(new, here)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find_checkpoint(c):
+    """The state a run was saved in, or None. A damaged one is refused by name, but for one that a kill between renames left."""
+    damaged = None
+    for name in CHECKPOINTS:
+        path, digest = (os.path.join(c.out, name, file) for file in ("state.pt", "sha256"))
+        if not os.path.isfile(path) or name == CHECKPOINTS[1] and not os.path.isfile(digest):  # a kill cut this save off
+            continue
+        if os.path.isfile(digest) and open(digest).read() == file_digest(path):
+            return path
+        damaged = damaged or path
+    if damaged:
+        raise Failure(f"{damaged}: damaged, its checksum differs; --overwrite=True begins the run again.")
+    return None
 
 
 class Interrupt:

@@ -3,6 +3,7 @@
     python tests/bench.py                          # a 4-layer Llama, CPU: training per loss, evaluation; a Markdown table
     python tests/bench.py --shape=135m --rounds=3
     python tests/bench.py --shape=1b --device=cuda --pairs=32 --dtype=bf16        # with model FLOP utilisation
+    python tests/bench.py --losses=tofu --model=out/tofu_smollm2_target --questions=8         # evaluation of a real model
     python tests/bench.py --memory                 # peak memory of our loop per loss, one process each
     python tests/bench.py --plan                   # what 1B, 7B, 13B take on 1 and 8 GPUs, by the plan of --plan=True
 
@@ -28,6 +29,7 @@ from torch.nn.functional import cross_entropy, kl_div, logsigmoid  # noqa: E402
 
 import configs  # noqa: E402
 import data  # noqa: E402
+import evaluate  # noqa: E402
 import model as models  # noqa: E402
 import unlearn  # noqa: E402
 
@@ -36,7 +38,6 @@ SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary, tied
     "1b": (2048, 8192, 16, 32, 8, 128256, True), "7b": (4096, 11008, 32, 32, 32, 32000, False),
     "13b": (5120, 13824, 40, 40, 40, 32000, False)}
 LOSSES = {"simnpo": ("simnpo", "nll"), "npo": ("npo", "nll"), "npo+kl": ("npo", "kl"), "dpo": ("dpo", "nll"), "graddiff": ("ga", "nll")}
-PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bfloat16, data sheets
 EOS = 2
 
 
@@ -48,11 +49,30 @@ def llama(shape):
 
 
 def questions(n, answers, vocabulary, rng):
-    """[[Example]]: n questions of 15 to 40 tokens with answers of 10 to 60, as TOFU's are."""
+    """[[Example]]: n questions of 15 to 40 tokens with answers of 10 to 60, as TOFU's are.
+
+    From the third answer on, TOFU's wrong ones, three tenths are those of the second, the paraphrase.
+    """
     def ids(low, high):
         return [rng.randrange(3, vocabulary) for _ in range(rng.randint(low, high))]
-    prompts = [ids(15, 40) for _ in range(n)]
-    return [[data.Example(p + ids(10, 60) + [EOS], len(p)) for _ in range(answers)] for p in prompts]
+    asked = []
+    for prompt in [ids(15, 40) for _ in range(n)]:
+        said = [ids(10, 60) for _ in range(answers)]
+        said = said[:2] + [said[1][:3 * len(said[1]) // 10] + s[3 * len(said[1]) // 10:] for s in said[2:]]
+        asked.append([data.Example(prompt + s + [EOS], len(prompt)) for s in said])
+    return asked
+
+
+def tofu(a, proc):
+    """(scorer, tokenizer, rows to score, settings, [[Example]]) of a real model and TOFU's forget05."""
+    c = configs.make(evaluate.Config, dict(benchmark="tofu", subset="forget05", data=a.data, template=a.template, model=a.model, device=a.device,
+                                           dtype=a.dtype, eval_rows=a.questions, micro_batch_tokens=a.micro_batch_tokens))
+    bench = data.load(c.benchmark, c.subset, c.data, train=False)
+    scorer, tokenizer = evaluate.load(c.model, c, proc)
+    template = data.Template(c.template, tokenizer, c.system_prompt, c.date_string)
+    rows = [row for rows in bench.evals.values() for row in rows[:a.questions]]
+    said = [[row["answer"], row.get("paraphrased_answer"), *row["perturbed_answer"]] for row in rows]
+    return scorer, tokenizer, bench, c, [[template.encode(row, 500, s) for s in answers if s] for row, answers in zip(rows, said)]
 
 
 class Tokenizer:
@@ -119,14 +139,15 @@ def plain_step(lm, ref, optimizer, loss, window, device, autocast, beta=0.1, mic
 
 
 @torch.no_grad()
-def plain_evaluation(lm, asked, new_tokens, device, autocast, batch=16):
-    texts = [e for k in range(len(asked[0])) for e in (q[k] for q in asked)]  # one pass a kind of answer
+def plain_evaluation(lm, asked, new_tokens, device, autocast, batch=16, **stop):
     with autocast():
-        for i in range(0, len(texts), batch):
-            answer_nll(lm, padded(texts[i:i + batch], device))
+        for k in range(max(map(len, asked))):  # one pass a kind of answer
+            texts = [q[k] for q in asked if k < len(q)]
+            for i in range(0, len(texts), batch):
+                answer_nll(lm, padded(texts[i:i + batch], device))
         for i in range(0, len(asked), batch):
             ids, mask, _ = padded([data.Example(q[0].ids[:q[0].start], 1) for q in asked[i:i + batch]], device, left=True)
-            lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=EOS)
+            lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=EOS, **stop)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -163,8 +184,6 @@ def training(loss, a, proc, lm, window, out):
     """[(our seconds, theirs)] of each step but the first, turn by turn; and our tokens a second."""
     mine, theirs = copy.deepcopy(lm), copy.deepcopy(lm).train()
     ref = copy.deepcopy(lm) if loss in ("npo", "npo+kl", "dpo") else None
-    if LOSSES[loss][1] == "kl":
-        lm.save_pretrained(out)  # our second model is loaded
     optimizer, times, began = torch.optim.AdamW(theirs.parameters(), lr=1e-5), [], []
 
     def turn(step, epoch):
@@ -176,7 +195,22 @@ def training(loss, a, proc, lm, window, out):
         return {}
 
     rows = ours(loss, a, proc, mine, window, out, turn)
-    return times[1:], statistics.median(r["tokens_per_s"] for r in rows[2:] if "loss" in r)
+    steps = [r for r in rows[2:] if "loss" in r]
+    return times[1:], [f"{statistics.median(r[k] for r in steps):.3g}" if k in steps[0] else "-" for k in ("tokens_per_s", "mfu")]
+
+
+def tofu_evaluation(a, proc):
+    """Both score the same rows of TOFU on a real model, which ends its answers. Ours makes the prompts, too, and ROUGE."""
+    scorer, tokenizer, bench, c, asked = tofu(a, proc)
+    times, stop = [], models.stop_ids(scorer.lm, tokenizer)
+    for _ in range(a.rounds):
+        t0 = clock(proc)
+        _, records = evaluate.evaluate(scorer, tokenizer, bench, c, proc)
+        t1 = clock(proc)
+        plain_evaluation(scorer.lm, asked, c.max_new_tokens, proc.device, proc.autocast, eos_token_id=stop)
+        times.append((t1 - t0, clock(proc) - t1))
+    assert len(records) == len(asked)
+    return times
 
 
 def evaluation(a, proc, lm, asked):
@@ -230,6 +264,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--losses", default=",".join(LOSSES) + ",evaluation")
     parser.add_argument("--micro_batch_tokens", type=int, default=4096)
+    parser.add_argument("--model", help="a real model, for --losses=tofu: a hub id or a directory")
+    parser.add_argument("--data", default="locuslab/TOFU", help="... and TOFU, a hub id or a directory")
+    parser.add_argument("--template", default="chat", help="... and how it is asked")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--memory", action="store_true", help="peak memory of our loop, one process a loss")
     parser.add_argument("--plan", action="store_true", help="the table of what 1B, 7B and 13B take")
@@ -240,27 +277,24 @@ def main():
     if a.memory:
         print("| loss | peak GB above the start |\n|---|---|", flush=True)
         for loss in ("simnpo", "npo", "dpo", "npo+kl"):
-            words = [f"--{k}={v}" for k, v in vars(a).items() if k not in ("memory", "plan", "compile", "measure")]
+            words = [f"--{k}={v}" for k, v in vars(a).items() if v and k not in ("memory", "plan", "compile")]
             subprocess.run([sys.executable, __file__, *words, f"--measure={loss}"], check=True)
         return None
     proc, lm, window, asked = set_up(a)
     with tempfile.TemporaryDirectory() as out:
         if a.measure:
             before = peak_gb()
-            if a.measure == "npo+kl":
-                lm.save_pretrained(out)
             ours(a.measure, a, proc, lm, window, out, lambda *_: {})
             return print(f"| {a.measure} | {peak_gb() - before:.2f} |", flush=True)
-        peak = next((v for k, v in PEAK.items() if k in (proc.gpu or "")), None)
-        print(f"| {a.shape}, {a.dtype} on {proc.gpu or 'CPU'} | ours, s | plain, s | ratio, median (min to max) |" +
-              " tokens/s | MFU |" * bool(peak) + "\n" + "|---" * (6 if peak else 4) + "|", flush=True)
+        print(f"| {a.model or a.shape}, {a.dtype} on {proc.gpu or 'CPU'} | ours, s | plain, s | ratio, median (min to max) | tokens/s | MFU |\n" +
+              "|---" * 6 + "|", flush=True)
         for loss in a.losses.split(","):
-            if loss == "evaluation":
-                print(row(loss, evaluation(a, proc, lm, asked), ("", "") if peak else ()), flush=True)
-                continue
-            times, speed = training(loss, a, proc, lm, window, out)
-            flops = 6 * sum(p.numel() for p in lm.parameters()) * speed
-            print(row(loss, times, (f"{speed:.0f}", f"{flops / peak:.2f}") if peak else ()), flush=True)
+            if loss == "tofu":
+                print(row("TOFU evaluation", tofu_evaluation(a, proc), ("-", "-")), flush=True)
+            elif loss == "evaluation":
+                print(row(loss, evaluation(a, proc, lm, asked), ("-", "-")), flush=True)
+            else:
+                print(row(loss, *training(loss, a, proc, lm, window, out)), flush=True)
 
 
 if __name__ == "__main__":

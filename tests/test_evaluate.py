@@ -1,5 +1,6 @@
 """Scores: pytest tests/test_evaluate.py. Metrics by hand, recorded logs of real models, and the same score any way it is run."""
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -204,11 +205,53 @@ def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(mini):
     assert len(set(together)) > 2
 
 
+def test_greedy_answers_are_hugging_faces_however_much_of_them_is_known_and_all_prompts_begin_with(mini, monkeypatch):
+    lm, tokenizer = models.load_model(str(mini / "target"), PROC), models.load_tokenizer(str(mini / "target"))
+    whole, forward = [], lm.forward
+    for n in (0, 18):  # what all prompts begin with: nothing, and enough to be computed once
+        prompts = [[*range(200, 200 + n), *range(40, 40 + k)] for k in (1, 9, 27, 2)]
+        for p in prompts:
+            ids = torch.tensor([p])
+            out = lm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)
+            whole.append(out[0, len(p):].tolist())
+        texts = tokenizer.batch_decode(whole[-4:], skip_special_tokens=True)
+        tokens = []
+
+        @functools.wraps(forward)
+        def counted(**kw):
+            tokens.append(kw["input_ids"].numel())
+            return forward(**kw)
+        monkeypatch.setattr(lm, "forward", counted)
+        for known in (0, 5, 12, 99):
+            tokens.clear()
+            assert models.generate(lm, tokenizer, prompts, 12, PROC, 10**6, begun=[w[:known] for w in whole[-4:]]) == texts
+            assert bool(tokens) == (known < 12) and (not n or not tokens or tokens[0] == 18)
+        monkeypatch.undo()
+    assert len({*map(tuple, whole)}) > 4
+
+
+def test_an_answer_that_the_model_would_give_itself_is_not_generated_again(mini, tmp_path, monkeypatch):
+    """Rows hold the model's own greedy answers, or the first half of them: known from scoring; texts and scores stay the same."""
+    c = configs.make(evaluate.Config, dict(benchmark="tofu", template="qa", max_new_tokens=12))
+    scorer, tokenizer = evaluate.load(str(mini / "target"), c, PROC)
+    rows = data.read_rows(str(mini / "data" / "forget05_perturbed.jsonl"))
+    template, real, begun = data.Template("qa", tokenizer), models.generate, []
+    for i, row in enumerate(rows):
+        text = real(scorer.lm, tokenizer, [template.prompt_ids(row["question"])], 12, PROC, 10**6)[0]
+        row["answer"] = text.strip() if i % 2 else text.strip()[:len(text) // 2] + " harbor"
+    bench = data.Benchmark([], [], {"forget": rows})
+    monkeypatch.setattr(models, "generate", lambda *args: begun.extend(args[-1]) or real(*args))
+    kept = evaluate.record_qa(scorer, tokenizer, bench, c, PROC)
+    monkeypatch.setattr(models, "generate", lambda *args: real(*args[:-1]))
+    assert kept == evaluate.record_qa(scorer, tokenizer, bench, c, PROC)
+    assert sum(map(bool, begun)) > 3 and max(map(len, begun)) > 5
+
+
 def test_a_finished_row_leaves_the_batch_and_stops_at_any_of_the_models_eos_ids(mini):
     lm = models.load_model(str(mini / "target"), PROC)
-    free = models.continue_batch(lm, [[5, 6, 7], [9]], 6, [], PROC)
-    assert [len(n) for n in free] == [6, 6]
-    stopped = models.continue_batch(lm, [[5, 6, 7], [9]], 6, [free[0][2]], PROC)
+    free = models.continue_batch(lm, [[5, 6, 7], [9]], [6, 4], [], PROC)
+    assert [len(n) for n in free] == [6, 4]
+    stopped = models.continue_batch(lm, [[5, 6, 7], [9]], [6, 6], [free[0][2]], PROC)
     assert stopped[0] == free[0][:free[0].index(free[0][2]) + 1]
     tokenizer = models.load_tokenizer(str(mini / "target"))
     lm.generation_config.eos_token_id = [4, 7]

@@ -1,12 +1,16 @@
 """One file from a laptop to many nodes: pytest tests/test_scale.py. Sharded over processes, planned, reported: the same numbers."""
 import json
 import os
+import re
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from torch._dynamo.testing import CompileCounter
 from conftest import ROOT, flags, log_of, stopped
 
 import configs
@@ -158,6 +162,17 @@ def test_answers_packed_behind_their_question_score_as_they_do_alone(mini, monke
     assert all(torch.allclose(torch.tensor(a), torch.tensor(b), rtol=1e-5, atol=1e-6) for a, b in zip(packed, alone, strict=True))
 
 
+def test_what_answers_begin_with_alike_is_in_their_row_once():
+    """Prompt 5 5, answers 6 7 8, 6 7 9 and 6: of their 14 tokens 4 are computed; a last token only is predicted."""
+    nodes, before = models.tree([data.Example([5, 5, 6, 7, 8], 2), data.Example([5, 5, 6, 7, 9], 2), data.Example([5, 5, 6], 2)])
+    assert nodes == [(-1, 5), (0, 5), (1, 6), (2, 7)] and before == [[1, 2, 3], [1, 2, 3], [1]]
+    ids, rows, more = models.pack([models.tree([data.Example([5, 1, 2, 9], 1), data.Example([5, 3, 9], 1)]), ([(-1, 4)], [[0]])], "cpu")
+    assert ids.tolist() == [[5, 1, 2, 3], [4, 0, 0, 0]] and rows.tolist() == [0, 1, 2, 0, 3, 4]
+    assert more["position_ids"].tolist() == [[0, 1, 2, 1], [0, 0, 0, 0]]
+    assert more["attention_mask"][0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
+    assert more["attention_mask"][1, 0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+
+
 def test_texts_without_a_common_prompt_and_models_that_take_no_mask_are_not_packed(mini):
     lm = models.load_model(str(mini / "target"), PROC)
     texts = [data.Example([5, 6, 7], 1), data.Example([5, 8], 1)]
@@ -221,3 +236,67 @@ def test_the_plan_is_printed_without_a_run_directory_and_what_cannot_fit_is_refu
     with pytest.raises(Mistake, match="a step does not fit, it takes .* weights"):
         unlearn.main(flags(mini, out=tmp_path / "a"))
     assert not any((tmp_path / "a").iterdir())  # nothing has begun
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a run says of its own speed
+
+
+def test_every_second_of_a_run_belongs_to_one_phase_and_is_in_its_run_json(mini, tmp_path, capsys):
+    configs.seconds()
+    configs.SECONDS.clear()
+    began = time.perf_counter()
+    unlearn.main(flags(mini, out=tmp_path / "run", forget_loss="npo", eval_every=1, save_every=1))
+    took = time.perf_counter() - began
+    seconds = configs.read_json(tmp_path / "run" / "run.json")["seconds"]
+    assert {"training", "scoring", "answering", "reference", "loading", "saving"} <= set(seconds)
+    assert min(seconds.values()) >= 0 and 0.9 * took < sum(seconds.values()) <= took  # all but the report and the last words
+    assert not {"training", "answering"} & set(configs.SECONDS)  # the next run of this process begins at zero
+    so_far = [row["seconds"]["training"] for row in log_of(tmp_path / "run")]
+    assert so_far == sorted(so_far) and 0 < so_far[0] and so_far[-1] <= seconds["training"]
+    assert re.search(r"\d+ s: .*training \d+%", capsys.readouterr().out)
+
+
+def test_a_phase_inside_another_counts_as_itself_only_and_ends_on_an_exception(monkeypatch):
+    now = iter(range(100))  # the clock advances by one at each look
+    monkeypatch.setattr(configs, "SECONDS", configs.collections.Counter())
+    monkeypatch.setattr(configs, "CLOCK", ["other", -1])
+    monkeypatch.setattr(configs.time, "perf_counter", lambda: next(now))
+    with pytest.raises(ZeroDivisionError), configs.phase("outer"):  # looks at 0, ..., 5
+        with configs.phase("inner"):
+            pass
+        with configs.phase("inner"):
+            1 / 0
+    assert configs.SECONDS == {"other": 1, "outer": 3, "inner": 2} and configs.CLOCK == ["other", 5]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_model_flop_utilisation_counts_what_a_step_cannot_leave_out(tied):
+    """Two layers of attention 4 x 8 x 8 and MLP 3 x 8 x 16 each; 10 tokens, 4 of them scored by a head of 8 x 20."""
+    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=tied))
+    on = SimpleNamespace(gpu="NVIDIA H100 80GB HBM3", dtype="bf16", world=2, device=torch.device("cpu"))
+    layers = 2 * (4 * 8 * 8 + 3 * 8 * 16)
+    said = models.speed(lm, on, tokens=10, scored=4, seconds=1e-9)
+    assert said["mfu"] == pytest.approx(6 * (10 * layers + 4 * 8 * 20) / (1e-9 * 2 * 989e12)) and said["tokens_per_s"] == 1e10
+    lm.model.requires_grad_(False)
+    lm.get_output_embeddings().requires_grad_(True)
+    assert models.speed(lm, on, 10, 4, 1e-9)["mfu"] == pytest.approx((4 * 10 * layers + 6 * 4 * 8 * 20) / (1e-9 * 2 * 989e12))
+    for other in (dict(gpu=None), dict(gpu="GeForce RTX 4090"), dict(dtype="fp32")):  # no peak to compare with, or not that peak
+        assert "mfu" not in models.speed(lm, SimpleNamespace(**vars(on) | other), 10, 4, 1e-9)
+
+
+@pytest.mark.parametrize("retain_loss", ["nll", "kl"])
+def test_a_compiled_run_takes_the_same_steps_and_is_not_compiled_again_for_each_of_them(mini, tmp_path, monkeypatch, retain_loss):
+    """Twelve steps whose micro-batches have many shapes, without code generation: what counts is how often the graph is traced."""
+    run = dict(steps=12, batch_size=3, micro_batch_tokens=64, retain_loss=retain_loss)
+    unlearn.main(flags(mini, out=tmp_path / "plain", **run))
+    torch.compiler.reset()
+    counter, real, shapes = CompileCounter(), torch.compile, set()
+    collate = models.collate
+    monkeypatch.setattr(models, "collate", lambda *args: shapes.add((found := collate(*args))[0].shape) or found)
+    monkeypatch.setattr(torch, "compile", lambda module, **options: real(module, backend=counter, **options))
+    unlearn.main(flags(mini, out=tmp_path / "compiled", compile=True, **run))
+    assert len(shapes) > 8 and 1 <= counter.frame_count <= 2  # a batch of one row is traced by itself
+    for plain, compiled in zip(log_of(tmp_path / "plain"), log_of(tmp_path / "compiled"), strict=True):
+        assert [compiled[k] for k in LOSSES] == pytest.approx([plain[k] for k in LOSSES], rel=1e-5)
