@@ -5,6 +5,7 @@
 
 Rows are plain dicts with question and answer, or text, or raw (to be cut into chunks). Nothing here depends on a model.
 """
+import bisect
 import dataclasses
 import itertools
 import json
@@ -166,12 +167,9 @@ def load_tofu(source, subset, train=True, score=True):
         bench.forget = read_config(source, subset, QA)
         bench.retain = bench.retain_full = read_config(source, f"retain{100 - int(subset[6:])}", QA)
     if score:
-        columns = QA + ("perturbed_answer",)
-        bench.evals = {
-            "forget": read_config(source, f"{subset}_perturbed", columns + ("paraphrased_answer",)),
-            "retain": read_config(source, "retain_perturbed", columns + ("paraphrased_answer",)),
-            "real_authors": read_config(source, "real_authors_perturbed", columns),
-            "world_facts": read_config(source, "world_facts_perturbed", columns)}
+        for name, config in (("forget", subset), *((name, name) for name in ("retain", "real_authors", "world_facts"))):
+            more = ("paraphrased_answer",) if name in ("forget", "retain") else ()
+            bench.evals[name] = read_config(source, f"{config}_perturbed", (*QA, "perturbed_answer", *more))
     return bench
 
 
@@ -306,10 +304,10 @@ def read_tofu_log(log):
     for file, name in TOFU_LOG.items():
         part = {k: listed(v) for k, v in log.get(file, {}).items()}
         for i, nll in enumerate(part.get("avg_gt_loss", [])):
-            records.append({"set": name, "index": i, "nll": nll, "perturbed_nll": part["average_perturb_loss"][i],
-                            "paraphrased_nll": part["avg_paraphrased_loss"][i], "rougeL_recall": part["rougeL_recall"][i],
-                            "n_tokens": part["num_token_gt"][i], "generated": part["generated_text"][i][1],
-                            "answer": part["generated_text"][i][2]})
+            records.append({
+                "set": name, "index": i, "nll": nll, "perturbed_nll": part["average_perturb_loss"][i], "n_tokens": part["num_token_gt"][i],
+                "paraphrased_nll": part["avg_paraphrased_loss"][i], "rougeL_recall": part["rougeL_recall"][i],
+                "generated": part["generated_text"][i][1], "answer": part["generated_text"][i][2]})
     return records
 
 
@@ -445,6 +443,85 @@ def stream(n_forget, n_retain, batch_size, n_steps, seed, shuffle):
             epoch += 1
         yield pairs[:batch_size]
         pairs = pairs[batch_size:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# from examples to the rows of micro-batches. A unit is a list of examples, named by what `examples` is indexed with, that share one.
+
+
+def tree(examples):
+    """A row of several examples, in which what they begin with alike stands once, and a last token, only predicted, not at all.
+
+    Returns [(place of the token before or -1, id)], and of each example the places that predict its answer.
+    """
+    nodes = {}
+    paths = [list(itertools.accumulate(e.ids[:-1] if len(examples) > 1 else e.ids, lambda at, t: nodes.setdefault((at, t), len(nodes)),
+                                       initial=-1)) for e in examples]
+    return list(nodes), [path[e.start:len(e.ids)] for path, e in zip(paths, examples)]
+
+
+def fill(lengths, shared, width):
+    """[[tokens, [indices]]], rows of at most `width` tokens (or one item): the longest first, each into the first row with room.
+
+    shared: with how many tokens all begin alike.
+    """
+    rows = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((row for row in rows if row[0] + lengths[i] - shared <= width), None)
+        if row is None:
+            rows.append(row := [shared, []])
+        row[0] += lengths[i] - shared
+        row[1].append(i)
+    return rows
+
+
+def layout(units, examples, budget, hidden):
+    """(items, sizes) of the cheapest way to lay units out: a row for each example, or several in rows of about 256 or 512 tokens.
+
+    items: lists of rows, a row a list of names; sizes: (rows, tokens) of each. hidden: the model's size, 0 = only one in a row. A
+    token's cost in a layer: linear maps, 24 hidden^2, and attention, 4 hidden T, half of it where no mask hides the rest.
+    """
+    whole = [max(len(examples[name].ids) for name in unit) for unit in units]
+    layouts = [([[[name] for name in unit] for unit in units], [(len(unit), n) for unit, n in zip(units, whole)], 0.5)]
+    if hidden:
+        lengths = [len(tree([examples[name] for name in unit])[0]) for unit in units]
+        shared = len(os.path.commonprefix([examples[name].ids for unit in units for name in unit]))
+        for rows in (fill(lengths, shared, width) for width in (256, 512)):
+            layouts.append(([[[name for i in row for name in units[i]]] for _, row in rows], [(1, n) for n, _ in rows], 1))
+
+    def cost(layout):
+        _, sizes, seen = layout
+        batches = [(sum(sizes[i][0] for i in batch), max(sizes[i][1] for i in batch)) for batch in cut(sizes, budget)]
+        return sum(rows * width * (6 * hidden + seen * width) for rows, width in batches)
+    return min(layouts, key=cost)[:2]
+
+
+def cut(sizes, budget):
+    """Indices of `sizes` [(rows, length)], longest first, in batches of at most `budget` padded tokens (or one item)."""
+    batches, rows, width = [], 0, 0
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i][1]):
+        n, length = sizes[i]
+        if not batches or (rows + n) * width > budget:
+            batches.append([])
+            rows, width = 0, length
+        batches[-1].append(i)
+        rows += n
+    return batches
+
+
+def deal(units, examples, budget, world, hidden=0):
+    """[[micro-batch of rank 0, of rank 1, ...], ...]: equally many for every rank, None where one has nothing to do.
+
+    Laid out, sorted by length and cut by tokens over the whole window, so a step does not depend on the number of processes. Then
+    the budget is lowered as far as the number of rounds allows: even batches, and one item a rank rather than idle ranks.
+    """
+    items, sizes = layout(units, examples, budget, hidden)
+    rounds = -(-len(cut(sizes, budget)) // world)
+    least = max(n * length for n, length in sizes)
+    least += bisect.bisect_left(range(least, budget), True, key=lambda lower: len(cut(sizes, lower)) <= rounds * world)
+    pieces = [[row for i in piece for row in items[i]] for piece in cut(sizes, least)]
+    pieces += [None] * (rounds * world - len(pieces))
+    return [pieces[i:i + world] for i in range(0, len(pieces), world)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

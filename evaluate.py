@@ -188,9 +188,8 @@ def extraction_strength(correct):
 OPTIONS = ("real_authors", "world_facts")  # sets whose probability is taken among the given wrong answers
 TOFU_HEADLINE = ("forget_quality", "model_utility", "forget_prob", "forget_rouge")
 ARROWS = {"forget_quality": "↑", "model_utility": "↑", "forget_prob": "↓", "forget_rouge": "↓", "forget_truth_ratio": "↑",
-          "retain_kl": "↓", "verbmem_f": "↓", "knowmem_f": "↓", "knowmem_r": "↑", "privleak": "→0",
-          "exact_memorization": "↓", "extraction_strength": "↓", **{f"mia_{k}": "→0.5" for k in
-          ("loss", "zlib", "min_k", "min_k_pp", "reference", "gradnorm")}}
+          "retain_kl": "↓", "verbmem_f": "↓", "knowmem_f": "↓", "knowmem_r": "↑", "privleak": "→0", "exact_memorization": "↓",
+          "extraction_strength": "↓", **{f"mia_{k}": "→0.5" for k in "loss zlib min_k min_k_pp reference gradnorm".split()}}
 
 
 def record_qa(scorer, tokenizer, bench, c, proc):
@@ -251,9 +250,9 @@ def audit_tokens(logits, labels):
 
 def gradient_norm(scorer, example, proc):
     """Mean over the parameter tensors it depends on of the L2 norm of the gradient of the answer's mean NLL."""
-    ids, rows, labels, _ = models.collate([example], proc.device)
+    ids, places, labels, *_ = models.collate([[example]], proc.device)
     with proc.autocast():
-        loss = -losses.token_logps(scorer(ids, rows)[0], labels).mean()
+        loss = -losses.token_logps(scorer(ids, places)[0], labels).mean()
     gradients = torch.autograd.grad(loss, [p for p in scorer.parameters() if p.requires_grad], allow_unused=True)
     return float(torch.stack([g.norm() for g in gradients if g is not None]).mean())
 
@@ -278,11 +277,10 @@ def record_audits(scorer, tokenizer, bench, c, proc):
     records = []
     for k, ((name, i, row, _), (logp, correct, mean, variance)) in enumerate(zip(items, (t.T for t in tokens))):
         nll = -float(logp.mean())
-        records.append({
-            "set": f"audit_{name}", "index": i, "nll": nll, "exact_memorization": exact_memorization(correct),
-            "extraction_strength": extraction_strength(correct), "loss": -nll, "min_k": min_k(logp),
-            "zlib": -nll / len(zlib.compress(row.get("answer", row.get("text")).encode())),
-            "min_k_pp": min_k(logp, plus_plus_stats=(mean, variance)), "gradnorm": -norms[k]})
+        records.append({"set": f"audit_{name}", "index": i, "nll": nll, "exact_memorization": exact_memorization(correct), "loss": -nll,
+                        "extraction_strength": extraction_strength(correct), "min_k": min_k(logp), "gradnorm": -norms[k],
+                        "zlib": -nll / len(zlib.compress(row.get("answer", row.get("text")).encode())),
+                        "min_k_pp": min_k(logp, plus_plus_stats=(mean, variance))})
     return records
 
 
@@ -583,9 +581,8 @@ def main(argv):
         raise Mistake("name at least one run directory, model or log: python evaluate.py out/demo (--help says more).")
     logs = {n: data.read_log(n) for n in names if n.endswith((".json", ".jsonl"))}
     c = configs.make(Config, inherit(Config, names, given))
-    for name in names:
-        if name not in logs:
-            configs.check_name(name, "model")
+    for name in (n for n in names if n not in logs):
+        configs.check_name(name, "model")
     if len(names) == 1:
         refuse_itself(names[0], c, given)
     if BENCHMARKS[c.benchmark].needs_retain and not (c.retain_model or c.retain_log or question or c.forget_data):

@@ -84,9 +84,7 @@ def simnpo(logps: Tensor, n_tokens: Tensor, beta: float, gamma: float) -> Tensor
     return -2 / beta * F.logsigmoid(-beta * _float(logps) / n_tokens - gamma)
 
 
-def dpo(
-    win_logps: Tensor, ref_win_logps: Tensor, lose_logps: Tensor, ref_lose_logps: Tensor, beta: float
-) -> Tensor:
+def dpo(win_logps: Tensor, ref_win_logps: Tensor, lose_logps: Tensor, ref_lose_logps: Tensor, beta: float) -> Tensor:
     """Direct Preference Optimization, Rafailov et al. 2023, arxiv.org/abs/2305.18290.
 
         -(2 / beta) log sigma(beta ((win_logps - ref_win_logps) - (lose_logps - ref_lose_logps)))

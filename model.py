@@ -30,6 +30,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import configs
+import data
 import losses
 from configs import Failure, Mistake
 
@@ -174,9 +175,8 @@ def without_dropout(lm):
 def tiny_llama(tokenizer, proc, seed, hidden=64, layers=2, heads=4):
     """A small random Llama (the demo's; 0.2 M parameters), the same for every process and number of threads."""
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, tie_word_embeddings=True, max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        tie_word_embeddings=True, max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return place(without_dropout(transformers.LlamaForCausalLM(config)), proc)
@@ -190,11 +190,11 @@ def tiny_gpt2(tokenizer, proc, seed, hidden=128, layers=4):
     """
     config = transformers.GPT2Config(
         vocab_size=len(tokenizer), n_embd=hidden, n_layer=layers, n_head=1, n_inner=hidden, n_positions=20,
-        activation_function="relu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False,
-        initializer_range=(3 * hidden) ** -0.5, bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id)
+        activation_function="relu", tie_word_embeddings=False, initializer_range=(3 * hidden) ** -0.5,
+        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        lm = transformers.GPT2LMHeadModel(config)
+        lm = without_dropout(transformers.GPT2LMHeadModel(config))
         lm.transformer.wte.reset_parameters()  # standard normal
         lm.transformer.wpe.reset_parameters()
     return place(lm, proc)
@@ -321,13 +321,15 @@ def memory_gb(device):
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bfloat16 FLOP/s, data sheets
 
 
-def speed(lm, proc, tokens, scored, seconds):
-    """What a logged step says of itself: real tokens a second, over all processes; peak memory; model FLOP utilisation (MFU).
+def speed(lm, proc, examples, seconds):
+    """What a logged step says of itself: tokens a second, over all processes; peak memory; model FLOP utilisation (MFU).
 
     mfu = FLOP of the step / (seconds * processes * PEAK), in bf16 on a GPU whose peak is known. A weight and token are 2 FLOP
-    forward, 2 backward, and 2 more where the weight is trained; the output head's count for the `scored` tokens only. Attention
-    scores, a reference's forward and recomputed activations do not count: the share of what cannot be left out.
+    forward, 2 backward, and 2 more where the weight is trained; the output head's count for the answers' tokens only. Attention
+    scores, a reference's forward and recomputed activations do not count, nor does padding; what several examples begin with
+    counts for each of them, though a row that holds them computes it once.
     """
+    tokens, scored = sum(len(e.ids) for e in examples), sum(len(e.ids) - e.start for e in examples)
     said = {"tokens_per_s": tokens / seconds, "memory_gb": memory_gb(proc.device)}
     peak = next((flops for name, flops in PEAK.items() if name in (proc.gpu or "")), None)
     if not peak or proc.dtype != "bf16":
@@ -337,13 +339,13 @@ def speed(lm, proc, tokens, scored, seconds):
     return said | {"mfu": sum((4 + 2 * p.requires_grad) * p.numel() * n for p, n in used.items()) / (seconds * proc.world * peak)}
 
 
-def memory_plan(name, c, proc, examples, second):
+def memory_plan(name, c, proc, rows, second):
     """{what: GB of a process} of a step with AdamW, told by shapes: no weight is loaded.
 
-    examples: its largest micro-batch; second: is a frozen model held too. Activations are what autograd keeps of a forward.
+    rows: its largest micro-batch; second: is a frozen model held too. Activations are what autograd keeps of a forward.
     """
     half, world, kept = c.dtype == "bf16", proc.world if proc.sharded else 1, []
-    ids, rows, _, _ = collate(examples, "cpu")
+    ids, places, _, _, more = collate(rows, "cpu")
     config = from_pretrained(transformers.AutoConfig, name)
     with FakeTensorMode(allow_non_fake_inputs=True):  # tensors without storage
         dtype = torch.bfloat16 if half and proc.sharded else torch.float32
@@ -352,7 +354,7 @@ def memory_plan(name, c, proc, examples, second):
         shapes = {tuple(sorted(p.shape)) for p in lm.parameters()}  # weights and copies of them are counted below
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
         with Process(0, 1, torch.device("cpu"), c.dtype).autocast(), hooks:
-            Scorer(lm)(ids, rows)
+            Scorer(lm)(ids, places, **more)
         stored = [t.untyped_storage() for t in kept if tuple(sorted(t.shape)) not in shapes]
     layers, (vocabulary, width) = config.get_text_config().num_hidden_layers, lm.get_output_embeddings().weight.shape
     activations = sum({s._cdata: s.nbytes() for s in stored}.values())
@@ -361,7 +363,7 @@ def memory_plan(name, c, proc, examples, second):
     every, trained = (sum(p.numel() for p in lm.parameters() if p.requires_grad >= least) for least in (False, True))
     # autocast copies all weights during a forward; a sharded model gathers embeddings, head and three layers at a time
     gathered = (4 - 2 * half) * (2 * vocabulary * width + 3 * every // layers) if proc.sharded else 2 * half * every
-    logits = (3 + 1.5 * second) * 4 * len(rows) * vocabulary  # them, their log-probs and gradients, as measured
+    logits = (3 + 1.5 * second) * 4 * len(places) * vocabulary  # them, their log-probs and gradients, as measured
     sizes = (4 * every * (1 + second) / world + gathered, 4 * trained / world, 8 * trained / world, activations, logits)
     return dict(zip(("weights", "gradients", "optimizer", "activations", "logits"), (size / 1e9 for size in sizes)))
 
@@ -505,94 +507,55 @@ def paired(scores):
     return scores
 
 
-def collate(examples, device):
-    """(ids (S, T) padded right with 0, rows (n,), labels (n,), counts): see Scorer."""
-    width = max(len(e.ids) for e in examples)
-    ids = torch.tensor([e.ids + [0] * (width - len(e.ids)) for e in examples])
-    rows = torch.tensor([i * width + t - 1 for i, e in enumerate(examples) for t in range(e.start, len(e.ids))])
-    labels = torch.tensor([t for e in examples for t in e.ids[e.start:]])
-    return ids.to(device), rows.to(device), labels.to(device), [len(e.ids) - e.start for e in examples]
+PACKING = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "olmo2", "gpt_neox", "gpt2")  # tested, each of them
 
 
-def sharing(lm, examples):
-    """Indices of examples, in groups of neighbours with the same prompt, as a question's answers are, where that pays."""
-    able = lm.config._attn_implementation == "sdpa" and not getattr(lm.config, "sliding_window", None)  # takes any mask
-    prompts = [tuple(e.ids[:e.start]) if able and e.start >= 8 else i for i, e in enumerate(examples)]
-    return [list(group) for _, group in itertools.groupby(range(len(examples)), prompts.__getitem__)]
+def packs(config, layer=None):
+    """The hidden size of a model whose rows can hold several examples, for its attention takes any mask; else, or watched, 0."""
+    able = config.model_type in PACKING and config._attn_implementation in ("sdpa", None) and not getattr(config, "sliding_window", None)
+    return config.hidden_size if able and layer is None else 0
 
 
-def tree(examples):
-    """Examples in one row, what several of them begin with standing there once: ([(place of the token before, id)] of its tokens,
-    [[place before each answer token]] of the examples)."""
-    nodes = {}
-    paths = [list(itertools.accumulate(e.ids[:-1], lambda at, t: nodes.setdefault((at, t), len(nodes)), initial=-1)) for e in examples]
-    return list(nodes), [path[e.start:] for path, e in zip(paths, examples)]
+def collate(rows, device, order=None):
+    """What Scorer.forward takes, and what is read of it, of rows of one example or of several (see data.tree).
 
-
-def pack(trees, device):
-    """(ids (S, T), rows (n,), mask and positions) of a row a tree: a token sees those that lead to it, and itself."""
-    width = max(len(nodes) for nodes, _ in trees)
-    ids = torch.tensor([[t for _, t in nodes] + [0] * (width - len(nodes)) for nodes, _ in trees], device=device)
-    rows = torch.tensor([line * width + at for line, (_, paths) in enumerate(trees) for path in paths for at in path], device=device)
-    sees = np.eye(width, dtype=bool)[None].repeat(len(trees), 0)
-    for row, (nodes, _) in zip(sees, trees):
-        for at, (before, _) in enumerate(nodes):
-            row[at] |= row[max(before, 0)]  # the first token of a tree is its only one without another before it
-    sees = torch.tensor(sees, device=device)
-    return ids, rows, {"attention_mask": sees[:, None], "position_ids": sees.sum(-1) - 1}
-
-
-def cut(sizes, budget):
-    """Indices of `sizes` [(rows, length)], longest first, in batches of at most `budget` padded tokens (or one item)."""
-    batches, rows, width = [], 0, 0
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i][1]):
-        n, length = sizes[i]
-        if not batches or (rows + n) * width > budget:
-            batches.append([])
-            rows, width = 0, length
-        batches[-1].append(i)
-        rows += n
-    return batches
-
-
-def deal(units, examples, budget, world):
-    """[[micro-batch of rank 0, of rank 1, ...], ...]: equally many for every rank, None where one has nothing to do.
-
-    Sorted by length and cut by tokens over the whole window, so a step does not depend on the number of processes. Then
-    the budget is lowered as far as the number of rounds allows: even batches, and one unit a rank rather than idle ranks.
+    Returns ids (S, T) padded right with 0; places (n,), labels (n,) and counts, of the examples in `order`, None = as they come;
+    and the masks and positions of rows with several: a token sees those that lead to it, and itself.
     """
-    sizes = [(len(u), max(len(examples[kind][i].ids) for kind, i in u)) for u in units]
-    rounds = -(-len(cut(sizes, budget)) // world)
-    low, high = max(n * length for n, length in sizes), budget
-    while low < high:
-        middle = (low + high) // 2
-        if len(cut(sizes, middle)) <= rounds * world:
-            high = middle
-        else:
-            low = middle + 1
-    pieces = [[units[i] for i in piece] for piece in cut(sizes, high)]
-    pieces += [None] * (rounds * world - len(pieces))
-    return [pieces[i:i + world] for i in range(0, len(pieces), world)]
+    trees = [data.tree(row) for row in rows]
+    width = max(len(nodes) for nodes, _ in trees)
+    ids = torch.tensor([[t for _, t in nodes] + [0] * (width - len(nodes)) for nodes, _ in trees])
+    read = [([s * width + at for at in path], e.ids[e.start:]) for s, (row, (_, paths)) in enumerate(zip(rows, trees))
+            for path, e in zip(paths, row)]
+    read, more = [read[i] for i in order or range(len(read))], {}
+    if len(read) > len(rows):
+        sees = np.eye(width + 1, width, dtype=bool)[None].repeat(len(rows), 0)  # -1: an empty row, what is before a first token
+        for row, (nodes, _) in zip(sees, trees):
+            for at, (before, _) in enumerate(nodes):
+                row[at] |= row[before]
+        sees = torch.tensor(sees[:, :-1], device=device)
+        more = {"attention_mask": sees[:, None], "position_ids": sees.sum(-1) - 1}
+    places, labels = (torch.tensor([x for pair in read for x in pair[k]], device=device) for k in (0, 1))
+    return ids.to(device), places, labels, [len(answer) for _, answer in read], more
 
 
 @torch.no_grad()
 def score(scorer, examples, proc, budget, read=lambda *both: losses.token_logps(*both)[:, None], title=None):
     """[array (T_i, k)] an example: what `read(logits (n, V), labels (n,)) -> (n, k)` says of each of its answer tokens.
 
-    Whole length-sorted batches are dealt to ranks, so nothing depends on the number of processes.
+    Neighbours with the same prompt, as a question's answers are, share a row where that pays. Whole batches are dealt to ranks, so
+    nothing depends on the number of processes.
     """
-    groups, mine = sharing(scorer.lm, examples), {}
-    trees = [tree([examples[i] for i in group]) for group in groups]
-    batches = cut([(1, len(nodes)) for nodes, _ in trees], budget)
+    prompts, mine = [tuple(e.ids[:e.start]) for e in examples], {}
+    groups = [list(group) for _, group in itertools.groupby(range(len(examples)), lambda i: prompts[i] if len(prompts[i]) >= 8 else i)]
+    items, sizes = data.layout(groups, examples, budget, packs(scorer.lm.config, scorer.layer))
+    batches = [[row for i in batch for row in items[i]] for batch in data.cut(sizes, budget)]
     for batch in tqdm(proc.share(batches), desc=title, disable=proc.rank > 0 or not title or None, leave=False):
-        own, more = [i for g in batch for i in groups[g]], {}
-        ids, rows, labels, counts = collate([examples[i] for i in own], proc.device)
-        if len(own) > len(batch):
-            ids, rows, more = pack([trees[g] for g in batch], proc.device)
+        ids, places, labels, counts, more = collate([[examples[i] for i in row] for row in batch], proc.device)
         with proc.autocast():
-            logits, _ = scorer(ids, rows, **more)
+            logits, _ = scorer(ids, places, **more)
         values = read(logits, labels).double().cpu().split(counts)
-        mine |= {i: v.numpy() for i, v in zip(own, values)}
+        mine |= {i: v.numpy() for i, v in zip((i for row in batch for i in row), values)}
     merged = {i: v for part in proc.gather(mine) for i, v in part.items()}
     return [merged[i] for i in range(len(examples))]
 
@@ -608,23 +571,25 @@ def stop_ids(lm, tokenizer):
 def generate(lm, tokenizer, prompts, max_new_tokens, proc, budget, title=None, begun=None):
     """Greedy continuations, as text, of prompts (lists of ids): batched, equal to one at a time.
 
-    begun: what each is known to begin with, lists of ids; only the rest is computed. Whole batches are dealt to ranks.
+    begun: what each is known to begin with, lists of ids; only the rest is computed. Whole batches are dealt to ranks; the last
+    quarter of each waits for that of the others, for few rows take nearly as long as many.
     """
     stop, new = stop_ids(lm, tokenizer), [ids[:max_new_tokens] for ids in begun or [[]] * len(prompts)]
-    todo = [i for i, ids in enumerate(new) if len(ids) < max_new_tokens and not {*ids[-1:]} & {*stop}]
-    batches = [[todo[k] for k in batch] for batch in cut([(1, len(prompts[i] + new[i]) + max_new_tokens) for i in todo], budget)]
-    shared, mine = os.path.commonprefix([p[:-1] for p in prompts]), {}
-    for batch in tqdm(proc.share(batches), desc=title, disable=proc.rank > 0 or not title or None, leave=False):
-        with proc.autocast():
-            rest = [max_new_tokens - len(new[i]) for i in batch]
-            mine |= dict(zip(batch, continue_batch(lm, [prompts[i] + new[i] for i in batch], rest, stop, proc,
-                                                   len(shared) if len(shared) >= 16 else 0)))
-    merged = {i: v for part in proc.gather(mine) for i, v in part.items()}
-    return tokenizer.batch_decode([ids + merged.get(i, []) for i, ids in enumerate(new)], skip_special_tokens=True)
+    shared = len(same) if len(same := os.path.commonprefix([p[:-1] for p in prompts])) >= 16 else 0
+    while todo := [i for i, ids in enumerate(new) if len(ids) < max_new_tokens and not {*ids[-1:]} & {*stop}]:
+        sizes, mine = [(1, len(prompts[i] + new[i]) + max_new_tokens) for i in todo], {}
+        batches = [[todo[k] for k in batch] for batch in data.cut(sizes, budget)]
+        for batch in tqdm(proc.share(batches), desc=title, disable=proc.rank > 0 or not title or None, leave=False):
+            few, rest = len(batch) // 4 if len(batches) > 1 else 0, [max_new_tokens - len(new[i]) for i in batch]
+            with proc.autocast():
+                mine |= dict(zip(batch, continue_batch(lm, [prompts[i] + new[i] for i in batch], rest, stop, proc, shared, few)))
+        for i, ids in {i: ids for part in proc.gather(mine) for i, ids in part.items()}.items():
+            new[i] += ids
+    return tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
-def continue_batch(lm, prompts, limits, stop, proc, shared=0):
-    """[new ids] a prompt, at most its limit, up to and including the first id in `stop`.
+def continue_batch(lm, prompts, limits, stop, proc, shared=0, few=0):
+    """[new ids] a prompt, at most its limit, up to and including the first id in `stop`; or until `few` rows are left unfinished.
 
     The first `shared` ids, the same in all prompts, are computed once; padding, masked out, comes after them. Finished rows leave
     the batch.
@@ -646,7 +611,7 @@ def continue_batch(lm, prompts, limits, stop, proc, shared=0):
             new[row].append(token)
         stay = [k for k, row in enumerate(rows) if new[row][-1] not in stop and len(new[row]) < limits[row]]
         rows = [rows[k] for k in stay]
-        if not any(proc.gather(bool(rows)) if proc.sharded else [bool(rows)]):  # the ranks of a sharded model end together
+        if not any(proc.gather(len(rows) > few) if proc.sharded else [len(rows) > few]):  # the ranks of a sharded model end together
             break
         if len(stay) < len(ids):
             keep = torch.tensor(stay or [0], device=device)  # whoever is done only goes along

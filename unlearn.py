@@ -208,8 +208,8 @@ class Reference:
     def scores(self, batch, sequences, logits):
         """{kind: what losses read of the reference} for one micro-batch."""
         if self.frozen is not None:
-            ids, rows, labels, counts = batch
-            return models.split(*self.frozen(ids, rows, logits), labels, counts, sequences)
+            ids, places, labels, counts, more = batch
+            return models.split(*self.frozen(ids, places, logits, **more), labels, counts, sequences)
         found = {}
         for kind, kept in self.kept.items():
             answers = [kept[i] for k, i in sequences if k == kind]
@@ -220,11 +220,12 @@ class Reference:
 
 def step_loss(forward, reference, piece, examples, c, n_forget, n_retain, device):
     """(weighted loss, unweighted forget part, unweighted retain part) of one micro-batch, each its share of the window's."""
-    order = ("forget", "alternate", "retain")
-    sequences = sorted((s for unit in piece for s in unit), key=lambda s: order.index(s[0]))
-    batch = ids, rows, labels, counts = models.collate([examples[kind][i] for kind, i in sequences], device)
+    kinds, sequences = ("forget", "alternate", "retain"), [s for row in piece for s in row]
+    order = sorted(range(len(sequences)), key=lambda k: kinds.index(sequences[k][0]))
+    batch = ids, places, labels, counts, more = models.collate([[examples[s] for s in row] for row in piece], device, order)
+    sequences = [sequences[k] for k in order]
     logits = not all(m.hidden for m in (FORGET[c.forget_loss], RETAIN[c.retain_loss]) if m)  # does anybody read them
-    scores = models.split(*forward(ids, rows, logits), labels, counts, sequences)
+    scores = models.split(*forward(ids, places, logits, **more), labels, counts, sequences)
     ref = reference.scores(batch, sequences, logits)
     parts = []
     for kind, method, n in (("forget", FORGET[c.forget_loss], n_forget), ("retain", RETAIN[c.retain_loss], n_retain)):
@@ -271,10 +272,13 @@ def begin(c, proc, name, **sets):
     data.check_tokenizer(tokenizer, c.tokenizer or name, c.template)
     examples, _ = encode_sets(c, tokenizer, proc, **sets)
     windows = data.stream(len(examples["forget"]), len(examples["retain"]), c.batch_size, 20, c.seed, c.shuffle)
-    dealt = (pieces for w in windows for pieces in models.deal(units_of(w, c), examples, c.micro_batch_tokens, proc.world))
-    batches = [[examples[kind][i] for unit in piece for kind, i in unit] for pieces in dealt for piece in pieces if piece]
-    second = any(m and m.ref == "model" for m in (FORGET[c.forget_loss], RETAIN[c.retain_loss]))
-    needs = models.memory_plan(name, c, proc, max(batches, key=lambda batch: sum(len(e.ids) for e in batch)), second)
+    methods = [m for m in (FORGET[c.forget_loss], RETAIN[c.retain_loss]) if m]
+    of = {(kind, i): e for kind, some in examples.items() for i, e in enumerate(some)}
+    hidden = 0 if any(m.hidden for m in methods) else models.packs(models.from_pretrained(transformers.AutoConfig, name))
+    dealt = [pieces for w in windows for pieces in data.deal(units_of(w, c), of, c.micro_batch_tokens, proc.world, hidden)]
+    batches = [[[of[s] for s in row] for row in piece] for pieces in dealt for piece in pieces if piece]
+    largest = max(batches, key=lambda rows: sum(len(e.ids) for row in rows for e in row))
+    needs = models.memory_plan(name, c, proc, largest, any(m.ref == "model" for m in methods))
     takes, has = sum(needs.values()), models.capacity_gb(proc)
     size = lambda gb: f"{gb:.1f} GB" if gb >= 1 else f"{1000 * gb:.0f} MB"  # noqa: E731
     told = f"{size(takes)} of {size(has)} a process: " + ", ".join(f"{k} {size(v)}" for k, v in needs.items())
@@ -324,6 +328,8 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
     if on_score and first == 0:
         log.write({"step": 0, "epoch": 0.0} | on_score(0, 0.0))
 
+    of = {(kind, i): e for kind, some in examples.items() for i, e in enumerate(some)}
+    hidden = models.packs(scorer.lm.config, scorer.layer)
     windows = data.stream(n, len(examples["retain"]), c.batch_size, steps, c.seed, c.shuffle)
     bar = tqdm(total=steps, initial=first, desc=title or c.forget_loss, disable=proc.rank > 0 or None)
     with configs.Interrupt(proc) as interrupt:
@@ -334,14 +340,15 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
             n_forget = count(method, [i for i, _ in window], examples)
             n_retain = count(retain_method, [j for _, j in window], examples)
             units = units_of(window, c)
-            rounds = models.deal(units, examples, c.micro_batch_tokens, proc.world)
+            rounds = data.deal(units, of, c.micro_batch_tokens, proc.world, hidden)
             totals = torch.zeros(2, device=proc.device)
             for i, pieces in enumerate(rounds):
                 piece = pieces[proc.rank]
                 if isinstance(forward, DistributedDataParallel):  # all-reduce gradients on the last backward only
                     forward.require_backward_grad_sync = i == len(rounds) - 1
                 with proc.autocast():
-                    loss, *parts = step_loss(forward, reference, piece or [units[0]], examples, c, n_forget, n_retain, proc.device)
+                    some = piece or [[s] for s in units[0]]
+                    loss, *parts = step_loss(forward, reference, some, of, c, n_forget, n_retain, proc.device)
                 if piece is None:  # a rank without work joins in with weight zero
                     loss = loss * 0
                 else:
@@ -361,9 +368,7 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-            run = [examples[kind][i] for unit in units for kind, i in unit]
-            tokens, scored = sum(len(e.ids) for e in run), sum(len(e.ids) - e.start for e in run)
-            log.write(row | models.speed(scorer.lm, proc, tokens, scored, time.perf_counter() - began))
+            log.write(row | models.speed(scorer.lm, proc, [of[s] for unit in units for s in unit], time.perf_counter() - began))
             bar.set_postfix(forget=f"{forget_loss:.3f}", retain=f"{retain_loss:.3f}", refresh=False)
             bar.update()
             if step == steps and method.after:
@@ -488,12 +493,10 @@ def check_models(c):
         raise Mistake("--model= is missing: the model to unlearn from, a hub id or a directory.")
     if os.path.normpath(c.out) in {os.path.normpath(p) for p in (c.model, c.retain_model, c.base_model) if p}:
         raise Mistake(f"--out={c.out}: is one of the models this run reads; give the run a directory of its own.")
-    for setting in ("model", "retain_model"):
+    for setting in ("model", "retain_model", "base_model"):
         path = getattr(c, setting)
-        if path and not to_be_made(c, path):
+        if path and path != TINY and (setting == "base_model" or not to_be_made(c, path)):
             configs.check_name(path, setting)
-    if c.base_model and c.base_model != TINY:
-        configs.check_name(c.base_model, "base_model")
 
 
 def main(argv):

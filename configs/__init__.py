@@ -121,32 +121,16 @@ def read(cls, path):
     return {k: check(cls, k, v, path) for k, v in names.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
 
 
-def comments(cls):
-    """{field: its trailing comment} and {field: the group title above it}, read from the dataclass's own source."""
-    said, groups = {}, {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        title = None
-        for line in inspect.getsource(base).splitlines():
-            if m := re.match(r"    # (.+)", line):
-                title = m[1]
-            elif m := re.match(r"    (\w+): [^#]*(?:  # (.*))?$", line):
-                said[m[1]] = m[2] or ""
-                if title:
-                    groups[m[1]], title = title, None
-    return said, groups
-
-
 def show_help(cls, usage):
-    said, groups = comments(cls)
+    """The settings with their defaults, group titles and comments, read from the dataclass's own source."""
     print(usage.strip(), "\n\nSettings, --key=value (a config file is the same names, as plain assignments):")
-    for f in dataclasses.fields(cls):
-        if f.name in groups:
-            print(f"\n  {groups[f.name]}")
-        kind = fields(cls)[f.name]
-        choices = f" ({spell(kind)})" if typing.get_origin(kind) is typing.Literal else ""
-        print(f"    --{f.name + '=' + str(f.default):<34} {said.get(f.name, '')}{choices}".rstrip())
+    for line in (line for base in reversed(cls.__mro__[:-1]) for line in inspect.getsource(base).splitlines()):
+        if title := re.match(r"    # (.+)", line):
+            print(f"\n  {title[1]}")
+        elif setting := re.match(r"    (\w+): [^#]*(?:  # (.*))?$", line):
+            name, kind = setting[1], fields(cls)[setting[1]]
+            choices = f" ({spell(kind)})" if typing.get_origin(kind) is typing.Literal else ""
+            print(f"    --{name + '=' + str(getattr(cls, name)):<34} {setting[2] or ''}{choices}".rstrip())
 
 
 def parse(cls, argv, usage="", default=None):

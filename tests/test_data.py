@@ -115,8 +115,8 @@ def test_padding_is_never_seen_and_masks_come_from_lengths_even_where_pad_is_eos
     examples = [template.encode({"question": q, "answer": a}, 500) for q, a in (("Who?", "Yes"), ("What did Ada write?", "poems " * 20))]
     assert examples[0].ids[:examples[0].start].count(tokenizer.eos_token_id) > 0
     scorer = models.Scorer(lm)
-    ids, rows, labels, counts = models.collate(examples, "cpu")
-    for e, together in zip(examples, scorer(ids, rows)[0].split(counts)):
+    ids, places, _, counts, _ = models.collate([[e] for e in examples], "cpu")
+    for e, together in zip(examples, scorer(ids, places)[0].split(counts)):
         alone = lm(torch.tensor([e.ids])).logits[0, e.start - 1:-1]
         assert torch.allclose(alone, together, atol=1e-5)
 

@@ -1,6 +1,7 @@
 """One file from a laptop to many nodes: pytest tests/test_scale.py. Sharded over processes, planned, reported: the same numbers."""
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import unlearn
 from configs import Mistake
 
 PROC = models.Process(0, 1, torch.device("cpu"))
+packs = lambda config, layer=None: 10**6 if layer is None else 0  # noqa: E731  packing would not pay for models as small as these
 LOSSES = ("forget_loss", "retain_loss", "loss", "grad_norm")
 
 # what both ranks run under one torchrun: a whole run, a run that ends after its first checkpoint, that run resumed, an attack
@@ -31,6 +33,7 @@ sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import conftest, evaluate, model as models, relearn, unlearn
 jobs = json.load(open(sys.argv[1]))
 models.cleanup = lambda: None  # one process group for all of them
+models.packs = lambda config, layer=None: 10**6 if layer is None else 0  # a small model's rows would not pay
 unlearn.main(jobs["whole"])
 real = models.checkpoint
 def stop(*args):
@@ -57,10 +60,11 @@ def both(mini, tmp_path_factory):
     """The same jobs on one process and, sharded, on two: two directories."""
     root = tmp_path_factory.mktemp("scale")
     one, two = root / "one", root / "two"
-    unlearn.main(flags(mini, out=one / "whole", **RUN))
-    unlearn.main(flags(mini, out=one / "hidden", **HIDDEN))
-    relearn.main([str(one / "whole"), f"--out={one / 'attack'}", *ATTACK])
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "packs", packs)
+        unlearn.main(flags(mini, out=one / "whole", **RUN))
+        unlearn.main(flags(mini, out=one / "hidden", **HIDDEN))
+        relearn.main([str(one / "whole"), f"--out={one / 'attack'}", *ATTACK])
         stopped(flags(mini, out=two / "from_one", **RUN), patch)
     fsdp = dict(parallel="fsdp", **RUN)
     jobs = {"whole": flags(mini, out=two / "whole", **fsdp), "stopped": flags(mini, out=two / "stopped", **fsdp),
@@ -154,33 +158,94 @@ def test_answers_packed_behind_their_question_score_as_they_do_alone(mini, monke
     rows = data.read_rows(str(mini / "data" / "forget05_perturbed.jsonl"))
     template = data.Template("qa", tokenizer)
     examples = [template.encode(row, 500, a) for row in rows for a in (row["answer"], *row["perturbed_answer"])]
-    groups = models.sharing(lm, examples)
-    assert [len(g) for g in groups] == [6] * len(rows)
-    packed = models.score(models.Scorer(lm), examples, PROC, 600)
-    monkeypatch.setattr(models, "sharing", lambda lm, examples: [[i] for i in range(len(examples))])
     alone = models.score(models.Scorer(lm), examples, PROC, 600)
+    monkeypatch.setattr(models, "packs", packs)
+    rows, collate = [], models.collate
+    monkeypatch.setattr(models, "collate", lambda found, *args: rows.extend(map(len, found)) or collate(found, *args))
+    packed = models.score(models.Scorer(lm), examples, PROC, 600)
+    assert sum(rows) == len(examples) and min(rows) >= 6  # a question's answers, at least, in one row
     assert all(torch.allclose(torch.tensor(a), torch.tensor(b), rtol=1e-5, atol=1e-6) for a, b in zip(packed, alone, strict=True))
 
 
 def test_what_answers_begin_with_alike_is_in_their_row_once():
     """Prompt 5 5, answers 6 7 8, 6 7 9 and 6: of their 14 tokens 4 are computed; a last token only is predicted."""
-    nodes, before = models.tree([data.Example([5, 5, 6, 7, 8], 2), data.Example([5, 5, 6, 7, 9], 2), data.Example([5, 5, 6], 2)])
+    nodes, before = data.tree([data.Example([5, 5, 6, 7, 8], 2), data.Example([5, 5, 6, 7, 9], 2), data.Example([5, 5, 6], 2)])
     assert nodes == [(-1, 5), (0, 5), (1, 6), (2, 7)] and before == [[1, 2, 3], [1, 2, 3], [1]]
-    ids, rows, more = models.pack([models.tree([data.Example([5, 1, 2, 9], 1), data.Example([5, 3, 9], 1)]), ([(-1, 4)], [[0]])], "cpu")
-    assert ids.tolist() == [[5, 1, 2, 3], [4, 0, 0, 0]] and rows.tolist() == [0, 1, 2, 0, 3, 4]
-    assert more["position_ids"].tolist() == [[0, 1, 2, 1], [0, 0, 0, 0]]
-    assert more["attention_mask"][0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
-    assert more["attention_mask"][1, 0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    rows = [[data.Example([5, 1, 2, 9], 1), data.Example([6, 3, 9], 1), data.Example([5, 4, 9], 2)], [data.Example([4, 9], 1)]]
+    ids, places, labels, counts, more = models.collate(rows, "cpu", order=[3, 0, 1, 2])
+    assert ids.tolist() == [[5, 1, 2, 6, 3, 4], [4, 9, 0, 0, 0, 0]] and places.tolist() == [6, 0, 1, 2, 3, 4, 5]
+    assert labels.tolist() == [9, 1, 2, 9, 3, 9, 9] and counts == [1, 3, 2, 1]
+    assert more["position_ids"].tolist() == [[0, 1, 2, 0, 1, 1], [0, 1, 0, 0, 0, 0]]
+    assert [[t for t, sees in enumerate(row) if sees] for row in more["attention_mask"][0, 0]] == [[0], [0, 1], [0, 1, 2], [3], [3, 4], [0, 5]]
+    assert [[t for t, sees in enumerate(row) if sees] for row in more["attention_mask"][1, 0]] == [[0], [0, 1], [2], [3], [4], [5]]
 
 
-def test_texts_without_a_common_prompt_and_models_that_take_no_mask_are_not_packed(mini):
-    lm = models.load_model(str(mini / "target"), PROC)
-    texts = [data.Example([5, 6, 7], 1), data.Example([5, 8], 1)]
-    assert models.sharing(lm, texts) == [[0], [1]]
-    alike = [data.Example([5] * 9 + [n], 9) for n in (1, 2)]
-    assert models.sharing(lm, alike) == [[0, 1]]
-    lm.config.sliding_window = 4
-    assert models.sharing(lm, alike) == [[0], [1]]
+def test_rows_are_filled_longest_first_and_several_share_one_only_where_that_pays():
+    assert data.fill([9, 30, 7, 7, 3], 0, 16) == [[30, [1]], [16, [0, 2]], [10, [3, 4]]]
+    assert data.fill([9, 7, 7], 5, 14) == [[13, [0, 1, 2]]]  # five tokens are everybody's
+    examples = [data.Example([n] * n, 1) for n in (100, 60, 50, 40)]
+    units = [[i] for i in range(4)]
+    assert data.layout(units, examples, 1000, 0)[0] == [[[0]], [[1]], [[2]], [[3]]]  # its attention takes no mask
+    assert data.layout(units, examples, 1000, 4096) == ([[[0, 1, 2, 3]]], [(1, 250)])  # 250 tokens rather than four times 100
+    assert data.layout(units, examples, 1000, 8)[0] == [[[0]], [[1]], [[2]], [[3]]]  # attention is all that such a model does
+    alike = [data.Example([n] * 40, 1) for n in range(4)]
+    assert data.layout(units, alike, 1000, 4096)[0] == [[[0]], [[1]], [[2]], [[3]]]  # nothing to gain
+    assert data.layout([[0, 1], [2]], alike, 1000, 0) == ([[[0], [1]], [[2]]], [(2, 40), (1, 40)])  # a pair stays together
+
+
+def tiny_of(kind):
+    """A random model of each architecture that rows are packed for."""
+    small = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+    if kind in ("gemma", "qwen3"):
+        small["head_dim"] = 8
+    if kind not in ("gpt2", "gpt_neox"):
+        small["num_key_value_heads"] = 2
+    small |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, sliding_window=None)
+    lm = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **small))
+    with torch.no_grad():
+        for p in lm.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    return models.without_dropout(lm).eval()
+
+
+@pytest.mark.parametrize("kind", models.PACKING)
+def test_packed_rows_have_the_logits_and_gradients_of_rows_alone_in_every_architecture_that_is_packed(kind):
+    scorer, rng = models.Scorer(tiny_of(kind)), random.Random(0)
+    assert models.packs(scorer.lm.config) == 32 and models.packs(scorer.lm.config, layer=1) == 0
+    prompt, ids = [5, 6, 7], lambda n: [rng.randrange(3, 64) for _ in range(n)]  # noqa: E731
+    examples = [data.Example(prompt + ids(n), 3) for n in (9, 4, 7)] + [data.Example(ids(6), 1)]
+    found = []
+    for rows in ([[e] for e in examples], [examples[:3], examples[3:]], [examples]):
+        scorer.zero_grad()
+        ids_, places, labels, counts, more = models.collate(rows, "cpu")
+        assert bool(more) == (len(rows) < 4)
+        logits, _ = scorer(ids_, places, **more)
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+        found.append([logits, *(p.grad.clone() for p in scorer.parameters() if p.grad is not None)])
+    for other in found[1:]:
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("loss, retain_loss", [("simnpo", "nll"), ("npo", "kl"), ("dpo", "nll"), ("idk", "none"), ("undial", "nll")])
+def test_ten_steps_are_the_same_with_one_example_in_a_row_and_with_several(mini, tmp_path, monkeypatch, loss, retain_loss):
+    run = dict(forget_loss=loss, retain_loss=retain_loss, steps=10, beta=0.2)
+    for name, packing, budget in (("alone", lambda *_: 0, 4096), ("packed", packs, 4096), ("in several batches", packs, 300)):
+        monkeypatch.setattr(models, "packs", packing)
+        unlearn.main(flags(mini, out=tmp_path / name, micro_batch_tokens=budget, **run))
+    alone, *others = (log_of(tmp_path / name) for name in ("alone", "packed", "in several batches"))
+    for other in others:
+        for one, several in zip(alone, other, strict=True):
+            assert [several[k] for k in LOSSES] == pytest.approx([one[k] for k in LOSSES], rel=1e-5, abs=1e-6)
+    assert weights(tmp_path / "packed")["model.norm.weight"].ne(weights(mini / "target")["model.norm.weight"]).any()
+
+
+def test_other_architectures_and_attentions_are_not_packed(mini, monkeypatch):
+    config = models.load_model(str(mini / "target"), PROC).config
+    assert models.packs(config) == 32 and models.packs(transformers.AutoConfig.for_model("bloom")) == 0
+    for name, value in (("sliding_window", 4), ("_attn_implementation", "eager")):
+        monkeypatch.setattr(config, name, value, raising=False)
+        assert models.packs(config) == 0
+        monkeypatch.undo()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -222,7 +287,7 @@ def seven_billion(path):
 
 def test_muse_books_on_eight_gpus_of_80_gb_fits_sharded_and_does_not_otherwise(tmp_path):
     c, _, _ = configs.load(unlearn.Config, [str(ROOT / "configs" / "muse_books.py")])
-    name, chunk = seven_billion(tmp_path), [data.Example([1] * 2048, 1)]
+    name, chunk = seven_billion(tmp_path), [[data.Example([1] * 2048, 1)]]
     needs = {p: sum(models.memory_plan(name, c, models.Process(0, 8, torch.device("cpu"), "bf16", p), chunk, False).values())
              for p in ("ddp", "fsdp")}
     assert c.parallel == "fsdp" and needs["fsdp"] < 72 < 108 < needs["ddp"]
@@ -276,14 +341,14 @@ def test_model_flop_utilisation_counts_what_a_step_cannot_leave_out(tied):
     lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=tied))
     on = SimpleNamespace(gpu="NVIDIA H100 80GB HBM3", dtype="bf16", world=2, device=torch.device("cpu"))
-    layers = 2 * (4 * 8 * 8 + 3 * 8 * 16)
-    said = models.speed(lm, on, tokens=10, scored=4, seconds=1e-9)
+    layers, examples = 2 * (4 * 8 * 8 + 3 * 8 * 16), [data.Example([1] * 6, 5), data.Example([1] * 4, 1)]
+    said = models.speed(lm, on, examples, seconds=1e-9)
     assert said["mfu"] == pytest.approx(6 * (10 * layers + 4 * 8 * 20) / (1e-9 * 2 * 989e12)) and said["tokens_per_s"] == 1e10
     lm.model.requires_grad_(False)
     lm.get_output_embeddings().requires_grad_(True)
-    assert models.speed(lm, on, 10, 4, 1e-9)["mfu"] == pytest.approx((4 * 10 * layers + 6 * 4 * 8 * 20) / (1e-9 * 2 * 989e12))
+    assert models.speed(lm, on, examples, 1e-9)["mfu"] == pytest.approx((4 * 10 * layers + 6 * 4 * 8 * 20) / (1e-9 * 2 * 989e12))
     for other in (dict(gpu=None), dict(gpu="GeForce RTX 4090"), dict(dtype="fp32")):  # no peak to compare with, or not that peak
-        assert "mfu" not in models.speed(lm, SimpleNamespace(**vars(on) | other), 10, 4, 1e-9)
+        assert "mfu" not in models.speed(lm, SimpleNamespace(**vars(on) | other), examples, 1e-9)
 
 
 @pytest.mark.parametrize("retain_loss", ["nll", "kl"])

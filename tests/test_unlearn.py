@@ -143,9 +143,9 @@ def test_the_output_head_sees_answer_positions_only_and_gives_the_plain_logits(m
     seen = []
     lm.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(args[0].shape))
     examples = [data.Example([5, 6, 7, 8, 9], 3), data.Example([5, 9, 4], 1)]
-    ids, rows, labels, counts = models.collate(examples, "cpu")
+    ids, places, labels, counts, _ = models.collate([[e] for e in examples], "cpu")
     scorer = models.Scorer(lm)
-    logits, _ = scorer(ids, rows)
+    logits, _ = scorer(ids, places)
     assert seen.pop()[0] == 4 and labels.tolist() == [8, 9, 9, 4] and counts == [2, 2]
     for example, part in zip(examples, logits.split(counts)):  # alone, unpadded
         plain = lm(input_ids=torch.tensor([example.ids])).logits[0, example.start - 1:-1]
@@ -242,14 +242,15 @@ def test_windows_are_whole_cover_every_epoch_and_pair_retain_examples_without_re
 
 
 def test_every_rank_gets_as_many_micro_batches_and_none_is_lost():
-    examples = {"forget": [data.Example([1] * n, 1) for n in (9, 3, 30, 7, 7)], "retain": []}
-    units = [(("forget", i),) for i in range(5)]
+    examples = [data.Example([n] * n, 1) for n in (9, 3, 30, 7, 7)]
+    units = [[i] for i in range(5)]
     for world in (1, 2, 3, 8):
         for budget in (1, 14, 60, 1000):
-            rounds = models.deal(units, examples, budget, world)
-            assert all(len(pieces) == world for pieces in rounds)
-            assert sorted(u for pieces in rounds for p in pieces if p for u in p) == sorted(units)
-    assert len(models.deal(units, examples, 1000, 5)) == 1  # one unit a rank rather than four idle ranks
+            for hidden in (0, 10**6):
+                rounds = data.deal(units, examples, budget, world, hidden)
+                assert all(len(pieces) == world for pieces in rounds)
+                assert sorted(i for pieces in rounds for p in pieces if p for row in p for i in row) == [0, 1, 2, 3, 4]
+    assert len(data.deal(units, examples, 1000, 5)) == 1  # one unit a rank rather than four idle ranks
 
 
 def test_no_steps_is_a_mistake_and_steps_overrides_epochs():
