@@ -461,39 +461,36 @@ def tree(examples):
 
 
 def fill(lengths, shared, width):
-    """[[tokens, [indices]]], rows of at most `width` tokens (or one item): the longest first, each into the first row with room.
+    """[[tokens, [indices]]], rows of at most `width` tokens (or one item): the longest first, each into the fullest row with room.
 
     shared: with how many tokens all begin alike.
     """
-    rows = []
+    rows, rooms = [], []  # rooms: (what is left of it, number) of each row, sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((row for row in rows if row[0] + lengths[i] - shared <= width), None)
-        if row is None:
-            rows.append(row := [shared, []])
-        row[0] += lengths[i] - shared
-        row[1].append(i)
+        more = lengths[i] - shared
+        if (k := bisect.bisect_left(rooms, (more, 0))) == len(rooms):
+            rooms.append((width - shared, len(rows)))
+            rows.append([shared, []])
+        room, row = rooms.pop(k)
+        rows[row][0] += more
+        rows[row][1].append(i)
+        bisect.insort(rooms, (room - more, row))
     return rows
 
 
-def layout(units, examples, budget, hidden):
-    """(items, sizes) of the cheapest way to lay units out: a row for each example, or several in rows of about 256 or 512 tokens.
+def layouts(units, examples, hidden):
+    """(items, sizes, seen) of the ways to lay units out: a row for each example, or several in rows of about 256 or 512 tokens.
 
-    items: lists of rows, a row a list of names; sizes: (rows, tokens) of each. hidden: the model's size, 0 = only one in a row. A
-    token's cost in a layer: linear maps, 24 hidden^2, and attention, 4 hidden T, half of it where no mask hides the rest.
+    items: lists of rows, a row a list of names; sizes: (rows, tokens) of each; seen: for what part of a row attention is computed,
+    half where no mask hides the rest. hidden: the model's size; 0: only the first way.
     """
-    whole = [max(len(examples[name].ids) for name in unit) for unit in units]
-    layouts = [([[[name] for name in unit] for unit in units], [(len(unit), n) for unit, n in zip(units, whole)], 0.5)]
+    lengths = [max(len(examples[name].ids) for name in unit) for unit in units]
+    yield [[[name] for name in unit] for unit in units], [(len(unit), n) for unit, n in zip(units, lengths)], 0.5
     if hidden:
         lengths = [len(tree([examples[name] for name in unit])[0]) for unit in units]
         shared = len(os.path.commonprefix([examples[name].ids for unit in units for name in unit]))
         for rows in (fill(lengths, shared, width) for width in (256, 512)):
-            layouts.append(([[[name for i in row for name in units[i]]] for _, row in rows], [(1, n) for n, _ in rows], 1))
-
-    def cost(layout):
-        _, sizes, seen = layout
-        batches = [(sum(sizes[i][0] for i in batch), max(sizes[i][1] for i in batch)) for batch in cut(sizes, budget)]
-        return sum(rows * width * (6 * hidden + seen * width) for rows, width in batches)
-    return min(layouts, key=cost)[:2]
+            yield [[[name for i in row for name in units[i]]] for _, row in rows], [(1, n) for n, _ in rows], 1
 
 
 def cut(sizes, budget):
@@ -512,12 +509,16 @@ def cut(sizes, budget):
 def deal(units, examples, budget, world, hidden=0):
     """[[micro-batch of rank 0, of rank 1, ...], ...]: equally many for every rank, None where one has nothing to do.
 
-    Laid out, sorted by length and cut by tokens over the whole window, so a step does not depend on the number of processes. Then
-    the budget is lowered as far as the number of rounds allows: even batches, and one item a rank rather than idle ranks.
+    Laid out the way that computes least (in a layer a token costs 24 hidden^2 in linear maps and 4 hidden T in attention), sorted by
+    length and cut by tokens over the whole window, so a step does not depend on the number of processes. Then the budget is lowered
+    as far as the number of rounds allows: even batches, and one item a rank rather than idle ranks.
     """
-    items, sizes = layout(units, examples, budget, hidden)
-    rounds = -(-len(cut(sizes, budget)) // world)
-    least = max(n * length for n, length in sizes)
+    ways = []
+    for items, sizes, seen in layouts(units, examples, hidden):
+        shapes = [(sum(sizes[i][0] for i in batch), sizes[batch[0]][1]) for batch in cut(sizes, budget)]
+        ways.append((sum(rows * width * (6 * hidden + seen * width) for rows, width in shapes), items, sizes))
+    _, items, sizes = min(ways, key=lambda way: way[0])
+    rounds, least = -(-len(cut(sizes, budget)) // world), max(n * length for n, length in sizes)
     least += bisect.bisect_left(range(least, budget), True, key=lambda lower: len(cut(sizes, lower)) <= rounds * world)
     pieces = [[row for i in piece for row in items[i]] for piece in cut(sizes, least)]
     pieces += [None] * (rounds * world - len(pieces))

@@ -548,8 +548,7 @@ def score(scorer, examples, proc, budget, read=lambda *both: losses.token_logps(
     """
     prompts, mine = [tuple(e.ids[:e.start]) for e in examples], {}
     groups = [list(group) for _, group in itertools.groupby(range(len(examples)), lambda i: prompts[i] if len(prompts[i]) >= 8 else i)]
-    items, sizes = data.layout(groups, examples, budget, packs(scorer.lm.config, scorer.layer))
-    batches = [[row for i in batch for row in items[i]] for batch in data.cut(sizes, budget)]
+    batches = [rows for rows, in data.deal(groups, examples, budget, 1, packs(scorer.lm.config, scorer.layer))]
     for batch in tqdm(proc.share(batches), desc=title, disable=proc.rank > 0 or not title or None, leave=False):
         ids, places, labels, counts, more = collate([[examples[i] for i in row] for row in batch], proc.device)
         with proc.autocast():

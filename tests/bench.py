@@ -247,7 +247,7 @@ def plan_table():
             for label, batch, checkpointing in (("32 answers of 128 tokens", answers, False), ("a chunk of 2048 tokens", chunk, True)):
                 c = configs.make(unlearn.Config, dict(dtype="bf16", activation_checkpointing=checkpointing))
                 for world, parallel in ((1, "ddp"), (8, "ddp"), (8, "fsdp")):
-                    needs = models.memory_plan(path, c, models.Process(0, world, torch.device("cpu"), "bf16", parallel), batch, False)
+                    needs = models.memory_plan(path, c, models.Process(0, world, torch.device("cpu"), "bf16", parallel), [[e] for e in batch], False)
                     print(f"| {shape.upper()} | {world} | {parallel if world > 1 else '-'} | {label}"
                           f"{', checkpointed' if checkpointing else ''} | " + " | ".join(f"{v:.1f}" for v in needs.values()) +
                           f" | {sum(needs.values()):.0f} |")

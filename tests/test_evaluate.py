@@ -230,6 +230,19 @@ def test_greedy_answers_are_hugging_faces_however_much_of_them_is_known_and_all_
     assert len({*map(tuple, whole)}) > 4
 
 
+def test_the_last_rows_of_a_batch_wait_for_those_of_the_others_and_end_as_alone(mini, monkeypatch):
+    """Twelve answers of which 0 to 19 of 20 tokens are known, so that they end at different times, in batches of a few rows."""
+    lm, tokenizer = models.load_model(str(mini / "target"), PROC), models.load_tokenizer(str(mini / "target"))
+    prompts = [list(range(40, 41 + 2 * k)) for k in range(12)]
+    alone = [models.continue_batch(lm, [p], [20], [], PROC)[0] for p in prompts]
+    rounds, real = [], models.continue_batch
+    monkeypatch.setattr(models, "continue_batch", lambda lm, prompts, *args: rounds.append((len(prompts), args[-1])) or real(lm, prompts, *args))
+    begun = [whole[:k * 7 % 20] for k, whole in enumerate(alone)]
+    assert models.generate(lm, tokenizer, prompts, 20, PROC, 300, begun=begun) == tokenizer.batch_decode(alone, skip_special_tokens=True)
+    first, *later = [few for _, few in rounds]
+    assert first > 0 and later[-1] == 0 and sum(rows for rows, _ in rounds) > len(prompts)  # some were in two batches
+
+
 def test_an_answer_that_the_model_would_give_itself_is_not_generated_again(mini, tmp_path, monkeypatch):
     """Rows hold the model's own greedy answers, or the first half of them: known from scoring; texts and scores stay the same."""
     c = configs.make(evaluate.Config, dict(benchmark="tofu", template="qa", max_new_tokens=12))

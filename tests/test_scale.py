@@ -183,14 +183,14 @@ def test_what_answers_begin_with_alike_is_in_their_row_once():
 def test_rows_are_filled_longest_first_and_several_share_one_only_where_that_pays():
     assert data.fill([9, 30, 7, 7, 3], 0, 16) == [[30, [1]], [16, [0, 2]], [10, [3, 4]]]
     assert data.fill([9, 7, 7], 5, 14) == [[13, [0, 1, 2]]]  # five tokens are everybody's
-    examples = [data.Example([n] * n, 1) for n in (100, 60, 50, 40)]
-    units = [[i] for i in range(4)]
-    assert data.layout(units, examples, 1000, 0)[0] == [[[0]], [[1]], [[2]], [[3]]]  # its attention takes no mask
-    assert data.layout(units, examples, 1000, 4096) == ([[[0, 1, 2, 3]]], [(1, 250)])  # 250 tokens rather than four times 100
-    assert data.layout(units, examples, 1000, 8)[0] == [[[0]], [[1]], [[2]], [[3]]]  # attention is all that such a model does
+    examples, units = [data.Example([n] * n, 1) for n in (100, 60, 50, 40)], [[0], [1], [2], [3]]
+    one = [[0], [1], [2], [3]]
+    assert data.deal(units, examples, 1000, 1, hidden=0) == [[one]]  # its attention takes no mask
+    assert data.deal(units, examples, 1000, 1, hidden=4096) == [[[[0, 1, 2, 3]]]]  # 250 tokens rather than four times 100
+    assert data.deal(units, examples, 1000, 1, hidden=8) == [[one]]  # attention is all that such a model does
     alike = [data.Example([n] * 40, 1) for n in range(4)]
-    assert data.layout(units, alike, 1000, 4096)[0] == [[[0]], [[1]], [[2]], [[3]]]  # nothing to gain
-    assert data.layout([[0, 1], [2]], alike, 1000, 0) == ([[[0], [1]], [[2]]], [(2, 40), (1, 40)])  # a pair stays together
+    assert data.deal(units, alike, 1000, 1, hidden=4096) == [[one]]  # nothing to gain
+    assert data.deal([[0, 1], [2]], alike, 40, 1) == [[[[0], [1]]], [[[2]]]]  # a pair stays together
 
 
 def tiny_of(kind):
@@ -351,9 +351,11 @@ def test_model_flop_utilisation_counts_what_a_step_cannot_leave_out(tied):
         assert "mfu" not in models.speed(lm, SimpleNamespace(**vars(on) | other), examples, 1e-9)
 
 
-@pytest.mark.parametrize("retain_loss", ["nll", "kl"])
-def test_a_compiled_run_takes_the_same_steps_and_is_not_compiled_again_for_each_of_them(mini, tmp_path, monkeypatch, retain_loss):
+@pytest.mark.parametrize("retain_loss, packed", [("nll", False), ("kl", False), ("nll", True)])
+def test_a_compiled_run_takes_the_same_steps_and_is_not_compiled_again_for_each_of_them(mini, tmp_path, monkeypatch, retain_loss, packed):
     """Twelve steps whose micro-batches have many shapes, without code generation: what counts is how often the graph is traced."""
+    if packed:
+        monkeypatch.setattr(models, "packs", packs)
     run = dict(steps=12, batch_size=3, micro_batch_tokens=64, retain_loss=retain_loss)
     unlearn.main(flags(mini, out=tmp_path / "plain", **run))
     torch.compiler.reset()
