@@ -446,18 +446,22 @@ def stream(n_forget, n_retain, batch_size, n_steps, seed, shuffle):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# from examples to the rows of micro-batches. A unit is a list of examples, named by what `examples` is indexed with, that share one.
+# from examples to the rows of micro-batches. A unit is what must share a micro-batch: names (`examples` is indexed with them).
 
 
 def tree(examples):
     """A row of several examples, in which what they begin with alike stands once, and a last token, only predicted, not at all.
 
-    Returns [(place of the token before or -1, id)], and of each example the places that predict its answer.
+    Returns the row's ids; for each place the end of the stretch that it leads to: place i sees j if j <= i < end[j]; and of each
+    example the places that predict its answer.
     """
-    nodes = {}
-    paths = [list(itertools.accumulate(e.ids[:-1] if len(examples) > 1 else e.ids, lambda at, t: nodes.setdefault((at, t), len(nodes)),
-                                       initial=-1)) for e in examples]
-    return list(nodes), [path[e.start:len(e.ids)] for path, e in zip(paths, examples)]
+    several, nodes, ends, places = len(examples) > 1, {}, {}, {}  # nodes: {(place of the token before or -1, id): place}
+    for k in sorted(range(len(examples)), key=lambda k: examples[k].ids):  # so that all that a token leads to follows it at once
+        ids, start = examples[k]
+        path = list(itertools.accumulate(ids[:len(ids) - several], lambda at, t: nodes.setdefault((at, t), len(nodes)), initial=-1))
+        ends |= dict.fromkeys(path[1:], len(nodes))
+        places[k] = path[start:len(ids)]
+    return [t for _, t in nodes], list(ends.values()), [places[k] for k in range(len(examples))]
 
 
 def fill(lengths, shared, width):
@@ -478,18 +482,18 @@ def fill(lengths, shared, width):
     return rows
 
 
-def layouts(units, examples, hidden):
-    """(items, sizes, seen) of the ways to lay units out: a row for each example, or several in rows of about 256 or 512 tokens.
+def layouts(units, examples, budget, hidden):
+    """(items, sizes, part) of the ways to lay units out: a row for each example, or several in rows of about 256 or 512 tokens.
 
-    items: lists of rows, a row a list of names; sizes: (rows, tokens) of each; seen: for what part of a row attention is computed,
-    half where no mask hides the rest. hidden: the model's size; 0: only the first way.
+    items: lists of rows, a row a list of names; sizes: (rows, tokens) of each; part: of a row, for which a token's attention is
+    computed: half, but all of it under a mask. hidden: the model's size; 0: only the first way.
     """
     lengths = [max(len(examples[name].ids) for name in unit) for unit in units]
     yield [[[name] for name in unit] for unit in units], [(len(unit), n) for unit, n in zip(units, lengths)], 0.5
     if hidden:
         lengths = [len(tree([examples[name] for name in unit])[0]) for unit in units]
         shared = len(os.path.commonprefix([examples[name].ids for unit in units for name in unit]))
-        for rows in (fill(lengths, shared, width) for width in (256, 512)):
+        for rows in (fill(lengths, shared, min(width, budget)) for width in (256, 512)):
             yield [[[name for i in row for name in units[i]]] for _, row in rows], [(1, n) for n, _ in rows], 1
 
 
@@ -509,19 +513,20 @@ def cut(sizes, budget):
 def deal(units, examples, budget, world, hidden=0):
     """[[micro-batch of rank 0, of rank 1, ...], ...]: equally many for every rank, None where one has nothing to do.
 
-    Laid out the way that computes least (in a layer a token costs 24 hidden^2 in linear maps and 4 hidden T in attention), sorted by
-    length and cut by tokens over the whole window, so a step does not depend on the number of processes. Then the budget is lowered
-    as far as the number of rounds allows: even batches, and one item a rank rather than idle ranks.
+    A way to lay them out is sorted by length and cut by tokens over the whole window, so a step does not depend on the number of
+    processes. Then the budget is lowered as far as the number of rounds allows: even batches, and one item a rank rather than idle
+    ranks. The way that takes least is chosen: a token costs 24 hidden^2 in the linear maps of a layer and 4 hidden T in attention,
+    and a round what its largest micro-batch costs.
     """
     ways = []
-    for items, sizes, seen in layouts(units, examples, hidden):
-        shapes = [(sum(sizes[i][0] for i in batch), sizes[batch[0]][1]) for batch in cut(sizes, budget)]
-        ways.append((sum(rows * width * (6 * hidden + seen * width) for rows, width in shapes), items, sizes))
-    _, items, sizes = min(ways, key=lambda way: way[0])
-    rounds, least = -(-len(cut(sizes, budget)) // world), max(n * length for n, length in sizes)
-    least += bisect.bisect_left(range(least, budget), True, key=lambda lower: len(cut(sizes, lower)) <= rounds * world)
-    pieces = [[row for i in piece for row in items[i]] for piece in cut(sizes, least)]
-    pieces += [None] * (rounds * world - len(pieces))
+    for items, sizes, part in layouts(units, examples, budget, hidden):
+        rounds, least = -(-len(cut(sizes, budget)) // world), min(budget, max(n * length for n, length in sizes))
+        least += bisect.bisect_left(range(least, budget), True, key=lambda lower: len(cut(sizes, lower)) <= rounds * world)
+        pieces = cut(sizes, least)
+        costs = [sum(sizes[i][0] for i in piece) * (width := sizes[piece[0]][1]) * (6 * hidden + part * width) for piece in pieces]
+        pieces = [[row for i in piece for row in items[i]] for piece in pieces] + [None] * (rounds * world - len(pieces))
+        ways.append((sum(max(costs[i:i + world]) for i in range(0, len(costs), world)), pieces))
+    _, pieces = min(ways, key=lambda way: way[0])
     return [pieces[i:i + world] for i in range(0, len(pieces), world)]
 
 

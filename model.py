@@ -17,7 +17,6 @@ import re
 import shutil
 import sys
 
-import numpy as np
 import safetensors
 import torch
 import torch.distributed as dist
@@ -523,32 +522,32 @@ def collate(rows, device, order=None):
     and the masks and positions of rows with several: a token sees those that lead to it, and itself.
     """
     trees = [data.tree(row) for row in rows]
-    width = max(len(nodes) for nodes, _ in trees)
-    ids = torch.tensor([[t for _, t in nodes] + [0] * (width - len(nodes)) for nodes, _ in trees])
-    read = [([s * width + at for at in path], e.ids[e.start:]) for s, (row, (_, paths)) in enumerate(zip(rows, trees))
+    width = max(len(ids) for ids, _, _ in trees)
+    read = [([s * width + at for at in path], e.ids[e.start:]) for s, (row, (_, _, paths)) in enumerate(zip(rows, trees))
             for path, e in zip(paths, row)]
     read, more = [read[i] for i in order or range(len(read))], {}
     if len(read) > len(rows):
-        sees = np.eye(width + 1, width, dtype=bool)[None].repeat(len(rows), 0)  # -1: an empty row, what is before a first token
-        for row, (nodes, _) in zip(sees, trees):
-            for at, (before, _) in enumerate(nodes):
-                row[at] |= row[before]
-        sees = torch.tensor(sees[:, :-1], device=device)
+        at = torch.arange(width, device=device)
+        ends = torch.tensor([ends + list(range(len(ends) + 1, width + 1)) for _, ends, _ in trees], device=device)  # padding: itself
+        sees = (at <= at[:, None]) & (at[:, None] < ends[:, None])  # (S, T, T): may a token look at another
         more = {"attention_mask": sees[:, None], "position_ids": sees.sum(-1) - 1}
+    ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _, _ in trees], device=device)
     places, labels = (torch.tensor([x for pair in read for x in pair[k]], device=device) for k in (0, 1))
-    return ids.to(device), places, labels, [len(answer) for _, answer in read], more
+    return ids, places, labels, [len(answer) for _, answer in read], more
 
 
 @torch.no_grad()
 def score(scorer, examples, proc, budget, read=lambda *both: losses.token_logps(*both)[:, None], title=None):
     """[array (T_i, k)] an example: what `read(logits (n, V), labels (n,)) -> (n, k)` says of each of its answer tokens.
 
-    Neighbours with the same prompt, as a question's answers are, share a row where that pays. Whole batches are dealt to ranks, so
-    nothing depends on the number of processes.
+    Neighbours with the same prompt, as a question's answers are, up to eight, share a row where that pays. Whole batches are dealt
+    to ranks, so nothing depends on the number of processes.
     """
-    prompts, mine = [tuple(e.ids[:e.start]) for e in examples], {}
-    groups = [list(group) for _, group in itertools.groupby(range(len(examples)), lambda i: prompts[i] if len(prompts[i]) >= 8 else i)]
-    batches = [rows for rows, in data.deal(groups, examples, budget, 1, packs(scorer.lm.config, scorer.layer))]
+    hidden, mine = packs(scorer.lm.config, scorer.layer), {}
+    prompts = [tuple(e.ids[:e.start]) if hidden and e.start >= 8 else i for i, e in enumerate(examples)]
+    alike = [list(group) for _, group in itertools.groupby(range(len(examples)), prompts.__getitem__)]
+    groups = [group[k:k + 8] for group in alike for k in range(0, len(group), 8)]
+    batches = [rows for rows, in data.deal(groups, examples, budget, 1, hidden)]
     for batch in tqdm(proc.share(batches), desc=title, disable=proc.rank > 0 or not title or None, leave=False):
         ids, places, labels, counts, more = collate([[examples[i] for i in row] for row in batch], proc.device)
         with proc.autocast():
@@ -573,8 +572,9 @@ def generate(lm, tokenizer, prompts, max_new_tokens, proc, budget, title=None, b
     begun: what each is known to begin with, lists of ids; only the rest is computed. Whole batches are dealt to ranks; the last
     quarter of each waits for that of the others, for few rows take nearly as long as many.
     """
-    stop, new = stop_ids(lm, tokenizer), [ids[:max_new_tokens] for ids in begun or [[]] * len(prompts)]
-    shared = len(same) if len(same := os.path.commonprefix([p[:-1] for p in prompts])) >= 16 else 0
+    stop = stop_ids(lm, tokenizer)
+    new = [ids[:next((k for k, t in enumerate(ids[:max_new_tokens], 1) if t in stop), max_new_tokens)] for ids in begun or [[]] * len(prompts)]
+    shared = len(same) if packs(lm.config) and len(same := os.path.commonprefix([p[:-1] for p in prompts])) >= 16 else 0
     while todo := [i for i, ids in enumerate(new) if len(ids) < max_new_tokens and not {*ids[-1:]} & {*stop}]:
         sizes, mine = [(1, len(prompts[i] + new[i]) + max_new_tokens) for i in todo], {}
         batches = [[todo[k] for k in batch] for batch in data.cut(sizes, budget)]
@@ -618,5 +618,5 @@ def continue_batch(lm, prompts, limits, stop, proc, shared=0, few=0):
             ids, mask, position = ids[keep], mask[keep], position[keep]
         ids = ids[:, None]
         mask = torch.cat([mask, mask.new_ones(len(ids), 1)], 1)
-        position = position[:, -1:] + 1
+        position = position[:, -1:] + bool(rows)
     return new

@@ -199,8 +199,7 @@ class Reference:
                 scored = models.score(scorer, examples[kind], proc, c.micro_batch_tokens, title="reference")
                 self.kept[kind] = [torch.tensor(t[:, 0], dtype=torch.float32, device=proc.device) for t in scored]
         if any(m.ref == "model" for m in methods):
-            again = models.Scorer(models.load_model(c.model, proc)) if proc.sharded else copy.deepcopy(scorer)
-            self.frozen = again.requires_grad_(False)
+            self.frozen = (models.Scorer(models.load_model(c.model, proc)) if proc.sharded else copy.deepcopy(scorer)).requires_grad_(False)
             if scorer.layer is not None:
                 self.frozen.watch(scorer.layer)
 
@@ -218,11 +217,11 @@ class Reference:
         return models.paired(found)
 
 
-def step_loss(forward, reference, piece, examples, c, n_forget, n_retain, device):
+def step_loss(forward, reference, piece, examples, c, n_forget, n_retain, proc):
     """(weighted loss, unweighted forget part, unweighted retain part) of one micro-batch, each its share of the window's."""
     kinds, sequences = ("forget", "alternate", "retain"), [s for row in piece for s in row]
     order = sorted(range(len(sequences)), key=lambda k: kinds.index(sequences[k][0]))
-    batch = ids, places, labels, counts, more = models.collate([[examples[s] for s in row] for row in piece], device, order)
+    batch = ids, places, labels, counts, more = models.collate([[examples[s] for s in row] for row in piece], proc.device, order)
     sequences = [sequences[k] for k in order]
     logits = not all(m.hidden for m in (FORGET[c.forget_loss], RETAIN[c.retain_loss]) if m)  # does anybody read them
     scores = models.split(*forward(ids, places, logits, **more), labels, counts, sequences)
@@ -230,7 +229,7 @@ def step_loss(forward, reference, piece, examples, c, n_forget, n_retain, device
     parts = []
     for kind, method, n in (("forget", FORGET[c.forget_loss], n_forget), ("retain", RETAIN[c.retain_loss], n_retain)):
         here = method and kind in scores
-        parts.append(method.loss(scores[kind], ref.get(kind), c).sum() / n if here else torch.zeros((), device=device))
+        parts.append(method.loss(scores[kind], ref.get(kind), c).sum() / n if here else torch.zeros((), device=proc.device))
     return c.forget_weight * parts[0] + c.retain_weight * parts[1], *parts
 
 
@@ -238,8 +237,7 @@ def count(method, window_indices, examples):
     """What a window's sum of losses is divided by, over all processes: its answers, or its answer tokens."""
     if not method or method.per == "answer":
         return max(len(window_indices), 1)
-    kind = method.reads[-1]
-    return sum(len(examples[kind][i].ids) - examples[kind][i].start for i in window_indices)
+    return sum(len(e.ids) - e.start for e in (examples[method.reads[-1]][i] for i in window_indices))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -331,8 +329,8 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
     of = {(kind, i): e for kind, some in examples.items() for i, e in enumerate(some)}
     hidden = models.packs(scorer.lm.config, scorer.layer)
     windows = data.stream(n, len(examples["retain"]), c.batch_size, steps, c.seed, c.shuffle)
-    bar = tqdm(total=steps, initial=first, desc=title or c.forget_loss, disable=proc.rank > 0 or None)
-    with configs.Interrupt(proc) as interrupt:
+    title, quiet = title or c.forget_loss, proc.rank > 0 or None
+    with configs.Interrupt(proc) as interrupt, tqdm(total=steps, initial=first, desc=title, disable=quiet) as bar:
         for step, window in enumerate(windows, 1):
             if step <= first:
                 continue
@@ -347,8 +345,7 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
                 if isinstance(forward, DistributedDataParallel):  # all-reduce gradients on the last backward only
                     forward.require_backward_grad_sync = i == len(rounds) - 1
                 with proc.autocast():
-                    some = piece or [[s] for s in units[0]]
-                    loss, *parts = step_loss(forward, reference, some, of, c, n_forget, n_retain, proc.device)
+                    loss, *parts = step_loss(forward, reference, piece or [[s] for s in units[0]], of, c, n_forget, n_retain, proc)
                 if piece is None:  # a rank without work joins in with weight zero
                     loss = loss * 0
                 else:
@@ -384,7 +381,6 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
                 else:
                     models.checkpoint(c, proc, scorer, optimizer, scheduler, step)
                 raise Failure(f"stopped after step {step} of {steps} {ended}.", status=128 + interrupt.signal)
-    bar.close()
     scorer.eval()
     return log.rows
 

@@ -124,10 +124,11 @@ def read(cls, path):
 def show_help(cls, usage):
     """The settings with their defaults, group titles and comments, read from the dataclass's own source."""
     print(usage.strip(), "\n\nSettings, --key=value (a config file is the same names, as plain assignments):")
-    for line in (line for base in reversed(cls.__mro__[:-1]) for line in inspect.getsource(base).splitlines()):
+    owner = {name: base for base in reversed(cls.__mro__) for name in vars(base).get("__annotations__", ())}
+    for base, line in ((base, line) for base in reversed(cls.__mro__[:-1]) for line in inspect.getsource(base).splitlines()):
         if title := re.match(r"    # (.+)", line):
             print(f"\n  {title[1]}")
-        elif setting := re.match(r"    (\w+): [^#]*(?:  # (.*))?$", line):
+        elif (setting := re.match(r"    (\w+): [^#]*(?:  # (.*))?$", line)) and owner[setting[1]] is base:
             name, kind = setting[1], fields(cls)[setting[1]]
             choices = f" ({spell(kind)})" if typing.get_origin(kind) is typing.Literal else ""
             print(f"    --{name + '=' + str(getattr(cls, name)):<34} {setting[2] or ''}{choices}".rstrip())
@@ -391,7 +392,7 @@ def summary(c):
     """
     with open(os.path.join(c.out, "log.jsonl"), encoding="utf8") as f:
         steps = [r for r in map(json.loads, f) if "loss" in r]
-    median = {k: statistics.median(r[k] for r in steps) for k in ("tokens_per_s", "mfu") if k in steps[-1]}
+    median = {k: statistics.median(r[k] for r in steps if k in r) for k in ("tokens_per_s", "mfu") if k in steps[-1]}
     return {"finished": True} | median | {"memory_gb": max(r["memory_gb"] for r in steps), "seconds": seconds(), "sha256": digests(c.out)}
 
 

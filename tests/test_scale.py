@@ -103,7 +103,7 @@ def test_a_model_sharded_over_two_processes_takes_the_same_steps_and_gets_the_sa
     one, two = both
     same_log(one / name, two / name)
     left, right = weights(one / name), weights(two / name)
-    assert all(torch.allclose(left[k], right[k], atol=1e-6, rtol=0) for k in left)
+    assert max(float((left[k] - right[k]).abs().max()) for k in left) < 1e-5  # of 1e-3 that Adam moves a weight in ten steps
     run = json.loads((two / name / "run.json").read_text())
     assert run["processes"] == 2 and run["parallel"] == "fsdp" and run["finished"]
 
@@ -122,7 +122,7 @@ def test_a_sharded_run_resumes_to_the_same_end_from_its_own_checkpoint_and_from_
     left = weights(two / "whole")
     for name in ("stopped", "from_one"):
         right = weights(two / name)
-        assert all(torch.allclose(left[k], right[k], atol=1e-6, rtol=0) for k in left), name
+        assert max(float((left[k] - right[k]).abs().max()) for k in left) < 1e-5, name
         same_log(two / "whole", two / name)
         assert not (two / name / "checkpoint").exists()
 
@@ -169,14 +169,14 @@ def test_answers_packed_behind_their_question_score_as_they_do_alone(mini, monke
 
 def test_what_answers_begin_with_alike_is_in_their_row_once():
     """Prompt 5 5, answers 6 7 8, 6 7 9 and 6: of their 14 tokens 4 are computed; a last token only is predicted."""
-    nodes, before = data.tree([data.Example([5, 5, 6, 7, 8], 2), data.Example([5, 5, 6, 7, 9], 2), data.Example([5, 5, 6], 2)])
-    assert nodes == [(-1, 5), (0, 5), (1, 6), (2, 7)] and before == [[1, 2, 3], [1, 2, 3], [1]]
+    ids, ends, places = data.tree([data.Example([5, 5, 6, 7, 8], 2), data.Example([5, 5, 6, 7, 9], 2), data.Example([5, 5, 6], 2)])
+    assert ids == [5, 5, 6, 7] and ends == [4, 4, 4, 4] and places == [[1, 2, 3], [1, 2, 3], [1]]
     rows = [[data.Example([5, 1, 2, 9], 1), data.Example([6, 3, 9], 1), data.Example([5, 4, 9], 2)], [data.Example([4, 9], 1)]]
     ids, places, labels, counts, more = models.collate(rows, "cpu", order=[3, 0, 1, 2])
-    assert ids.tolist() == [[5, 1, 2, 6, 3, 4], [4, 9, 0, 0, 0, 0]] and places.tolist() == [6, 0, 1, 2, 3, 4, 5]
+    assert ids.tolist() == [[5, 1, 2, 4, 6, 3], [4, 9, 0, 0, 0, 0]] and places.tolist() == [6, 0, 1, 2, 4, 5, 3]
     assert labels.tolist() == [9, 1, 2, 9, 3, 9, 9] and counts == [1, 3, 2, 1]
-    assert more["position_ids"].tolist() == [[0, 1, 2, 0, 1, 1], [0, 1, 0, 0, 0, 0]]
-    assert [[t for t, sees in enumerate(row) if sees] for row in more["attention_mask"][0, 0]] == [[0], [0, 1], [0, 1, 2], [3], [3, 4], [0, 5]]
+    assert more["position_ids"].tolist() == [[0, 1, 2, 1, 0, 1], [0, 1, 0, 0, 0, 0]]
+    assert [[t for t, sees in enumerate(row) if sees] for row in more["attention_mask"][0, 0]] == [[0], [0, 1], [0, 1, 2], [0, 3], [4], [4, 5]]
     assert [[t for t, sees in enumerate(row) if sees] for row in more["attention_mask"][1, 0]] == [[0], [0, 1], [2], [3], [4], [5]]
 
 
@@ -191,6 +191,13 @@ def test_rows_are_filled_longest_first_and_several_share_one_only_where_that_pay
     alike = [data.Example([n] * 40, 1) for n in range(4)]
     assert data.deal(units, alike, 1000, 1, hidden=4096) == [[one]]  # nothing to gain
     assert data.deal([[0, 1], [2]], alike, 40, 1) == [[[[0], [1]]], [[[2]]]]  # a pair stays together
+    assert data.deal(units, [data.Example([n] * 40, 1) for n in (1, 1, 1, 1)], 40, 1, hidden=4096) == [[[[0, 1, 2, 3]]]]
+    long = [data.Example([1] * 500, 1), *(data.Example([n] * 100, 1) for n in range(2, 10))]
+    for hidden in (0, 4096):  # what is longer than the budget takes a batch for itself, and the others keep to it
+        rounds = data.deal([[i] for i in range(9)], long, 256, 1, hidden)
+        assert [len(rows) if hidden == 0 else sum(map(len, rows)) for rows, in rounds] == [1, 2, 2, 2, 2]
+    assert len(data.deal([[i] for i in range(8)], long[1:], 4096, 8, hidden=4096)[0]) == 8  # no rank is idle for a fuller row
+    assert None not in data.deal([[i] for i in range(8)], long[1:], 4096, 8, hidden=4096)[0]
 
 
 def tiny_of(kind):
