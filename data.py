@@ -485,16 +485,18 @@ def fill(lengths, shared, width):
 def layouts(units, examples, budget, hidden):
     """(items, sizes, part) of the ways to lay units out: a row for each example, or several in rows of about 256 or 512 tokens.
 
-    items: lists of rows, a row a list of names; sizes: (rows, tokens) of each; part: of a row, for which a token's attention is
-    computed: half, but all of it under a mask. hidden: the model's size; 0: only the first way.
+    items: lists of rows, a row a list of names; sizes: (rows, tokens of a row) of each, more rows than there are where the examples
+    have more tokens, for their logits take memory too; part: of a row, for which a token's attention is computed: half, but all of
+    it under a mask. hidden: the model's size; 0: only the first way.
     """
     lengths = [max(len(examples[name].ids) for name in unit) for unit in units]
     yield [[[name] for name in unit] for unit in units], [(len(unit), n) for unit, n in zip(units, lengths)], 0.5
     if hidden:
         lengths = [len(tree([examples[name] for name in unit])[0]) for unit in units]
         shared = len(os.path.commonprefix([examples[name].ids for unit in units for name in unit]))
-        for rows in (fill(lengths, shared, min(width, budget)) for width in (256, 512)):
-            yield [[[name for i in row for name in units[i]]] for _, row in rows], [(1, n) for n, _ in rows], 1
+        for filled in (fill(lengths, shared, min(width, budget)) for width in (256, 512)):
+            rows = [[name for i in row for name in units[i]] for _, row in filled]
+            yield [[row] for row in rows], [(sum(len(examples[s].ids) for s in row) / n, n) for row, (n, _) in zip(rows, filled)], 1
 
 
 def cut(sizes, budget):
@@ -520,10 +522,10 @@ def deal(units, examples, budget, world, hidden=0):
     """
     ways = []
     for items, sizes, part in layouts(units, examples, budget, hidden):
-        rounds, least = -(-len(cut(sizes, budget)) // world), min(budget, max(n * length for n, length in sizes))
+        rounds, least = -(-len(cut(sizes, budget)) // world), min(budget, max(round(n * length) for n, length in sizes))
         least += bisect.bisect_left(range(least, budget), True, key=lambda lower: len(cut(sizes, lower)) <= rounds * world)
         pieces = cut(sizes, least)
-        costs = [sum(sizes[i][0] for i in piece) * (width := sizes[piece[0]][1]) * (6 * hidden + part * width) for piece in pieces]
+        costs = [sum(len(items[i]) for i in piece) * (width := sizes[piece[0]][1]) * (6 * hidden + part * width) for piece in pieces]
         pieces = [[row for i in piece for row in items[i]] for piece in pieces] + [None] * (rounds * world - len(pieces))
         ways.append((sum(max(costs[i:i + world]) for i in range(0, len(costs), world)), pieces))
     _, pieces = min(ways, key=lambda way: way[0])

@@ -112,14 +112,10 @@ def recovered(attacked, unlearned, target):
     return (attacked - unlearned) / (target - unlearned) if abs(target - unlearned) >= 0.05 else None
 
 
-def answer_length(example):
-    return len(example.ids) - example.start
-
-
 CHOOSE = {  # (examples, k, rng) -> k indices
     "random": lambda examples, k, rng: rng.sample(range(len(examples)), k),
-    "shortest": lambda examples, k, rng: sorted(range(len(examples)), key=lambda i: answer_length(examples[i]))[:k],
-    "longest": lambda examples, k, rng: sorted(range(len(examples)), key=lambda i: -answer_length(examples[i]))[:k],
+    "shortest": lambda examples, k, rng: sorted(range(len(examples)), key=lambda i: len(examples[i].ids) - examples[i].start)[:k],
+    "longest": lambda examples, k, rng: sorted(range(len(examples)), key=lambda i: examples[i].start - len(examples[i].ids))[:k],
 }
 
 
