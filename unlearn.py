@@ -320,7 +320,7 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
         scorer.train()  # there is no dropout; transformers recomputes only in this mode
     forward = torch.compile(scorer, dynamic=True) if c.compile else scorer
     if proc.world > 1 and not proc.sharded:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, find_unused_parameters=reads_hidden)  # above the layer
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, find_unused_parameters=reads_hidden)  # RMU's upper layers
     first = models.restore(c, scorer, optimizer, scheduler) if c.resume else 0
     log = configs.Log(c, proc, first)
     if on_score and first == 0:
