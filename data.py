@@ -522,7 +522,7 @@ def deal(units, examples, budget, world, hidden=0):
     """
     ways = []
     for items, sizes, part in layouts(units, examples, budget, hidden):
-        rounds, least = -(-len(cut(sizes, budget)) // world), min(budget, max(round(n * length) for n, length in sizes))
+        rounds, least = -(-len(cut(sizes, budget)) // world), min(budget, max((round(n * length) for n, length in sizes), default=0))
         least += bisect.bisect_left(range(least, budget), True, key=lambda lower: len(cut(sizes, lower)) <= rounds * world)
         pieces = cut(sizes, least)
         costs = [sum(len(items[i]) for i in piece) * (width := sizes[piece[0]][1]) * (6 * hidden + part * width) for piece in pieces]

@@ -198,6 +198,7 @@ def test_rows_are_filled_longest_first_and_several_share_one_only_where_that_pay
         assert [len(rows) if hidden == 0 else sum(map(len, rows)) for rows, in rounds] == [1, 2, 2, 2, 2]
     assert len(data.deal([[i] for i in range(8)], long[1:], 4096, 8, hidden=4096)[0]) == 8  # no rank is idle for a fuller row
     assert None not in data.deal([[i] for i in range(8)], long[1:], 4096, 8, hidden=4096)[0]
+    assert data.deal([], [], 4096, 2, hidden=4096) == []
 
 
 def tiny_of(kind):
