@@ -415,8 +415,9 @@ def finish(c, proc, scorer, tokenizer, report=None):
     if proc.rank == 0:
         configs.write(os.path.join(c.out, "run.json"), json.dumps(configs.describe(c, proc) | configs.summary(c), indent=1) + "\n")
         configs.drop_checkpoints(c)
-    seconds, _ = configs.SECONDS.copy(), configs.SECONDS.clear()  # the next run of this process has its own
-    proc.say(f"{seconds.total():.0f} s: " + ", ".join(f"{k} {v / seconds.total():.0%}" for k, v in seconds.most_common(6)))
+    whole = configs.SECONDS.total()
+    proc.say(f"{whole:.0f} s: " + ", ".join(f"{k} {v / whole:.0%}" for k, v in configs.SECONDS.most_common(6)))
+    configs.SECONDS.clear()  # the next run of this process has its own
     proc.barrier()
 
 

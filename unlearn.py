@@ -177,6 +177,11 @@ def steering(c, hidden):
 # one optimizer step
 
 
+def methods(c):
+    """What a run minimises: its line of FORGET, and its line of RETAIN where there is one."""
+    return [m for m in (FORGET[c.forget_loss], RETAIN[c.retain_loss]) if m]
+
+
 def units_of(window, c):
     """What has to share a micro-batch: [((kind, index), ...)], one unit a forget pair and one a retain example."""
     units = [tuple((kind, i) for kind in FORGET[c.forget_loss].reads) for i, _ in window]
@@ -192,13 +197,12 @@ class Reference:
 
     @configs.phase("reference")
     def __init__(self, scorer, examples, c, proc):
-        methods = [m for m in (FORGET[c.forget_loss], RETAIN[c.retain_loss]) if m]
         self.kept, self.frozen = {}, None
-        if any(m.ref == "logps" for m in methods):
+        if any(m.ref == "logps" for m in methods(c)):
             for kind in FORGET[c.forget_loss].reads:
                 scored = models.score(scorer, examples[kind], proc, c.micro_batch_tokens, title="reference")
                 self.kept[kind] = [torch.tensor(t[:, 0], dtype=torch.float32, device=proc.device) for t in scored]
-        if any(m.ref == "model" for m in methods):
+        if any(m.ref == "model" for m in methods(c)):
             self.frozen = (models.Scorer(models.load_model(c.model, proc)) if proc.sharded else copy.deepcopy(scorer)).requires_grad_(False)
             if scorer.layer is not None:
                 self.frozen.watch(scorer.layer)
@@ -223,7 +227,7 @@ def step_loss(forward, reference, piece, examples, c, n_forget, n_retain, proc):
     order = sorted(range(len(sequences)), key=lambda k: kinds.index(sequences[k][0]))
     batch = ids, places, labels, counts, more = models.collate([[examples[s] for s in row] for row in piece], proc.device, order)
     sequences = [sequences[k] for k in order]
-    logits = not all(m.hidden for m in (FORGET[c.forget_loss], RETAIN[c.retain_loss]) if m)  # does anybody read them
+    logits = not all(m.hidden for m in methods(c))  # does anybody read them
     scores = models.split(*forward(ids, places, logits, **more), labels, counts, sequences)
     ref = reference.scores(batch, sequences, logits)
     parts = []
@@ -270,13 +274,12 @@ def begin(c, proc, name, **sets):
     data.check_tokenizer(tokenizer, c.tokenizer or name, c.template)
     examples, _ = encode_sets(c, tokenizer, proc, **sets)
     windows = data.stream(len(examples["forget"]), len(examples["retain"]), c.batch_size, 20, c.seed, c.shuffle)
-    methods = [m for m in (FORGET[c.forget_loss], RETAIN[c.retain_loss]) if m]
     of = {(kind, i): e for kind, some in examples.items() for i, e in enumerate(some)}
-    hidden = 0 if any(m.hidden for m in methods) else models.packs(models.from_pretrained(transformers.AutoConfig, name))
+    hidden = 0 if any(m.hidden for m in methods(c)) else models.packs(models.from_pretrained(transformers.AutoConfig, name))
     dealt = [pieces for w in windows for pieces in data.deal(units_of(w, c), of, c.micro_batch_tokens, proc.world, hidden)]
     batches = [[[of[s] for s in row] for row in piece] for pieces in dealt for piece in pieces if piece]
     largest = max(batches, key=lambda rows: sum(len(e.ids) for row in rows for e in row))
-    needs = models.memory_plan(name, c, proc, largest, any(m.ref == "model" for m in methods))
+    needs = models.memory_plan(name, c, proc, largest, any(m.ref == "model" for m in methods(c)))
     takes, has = sum(needs.values()), models.capacity_gb(proc)
     size = lambda gb: f"{gb:.1f} GB" if gb >= 1 else f"{1000 * gb:.0f} MB"  # noqa: E731
     told = f"{size(takes)} of {size(has)} a process: " + ", ".join(f"{k} {size(v)}" for k, v in needs.items())
@@ -306,7 +309,7 @@ def train(c, proc, scorer, examples, on_score=None, title=None):
     n = len(examples["forget"])
     steps, per_epoch = n_steps(c, n), n / c.batch_size
     method, retain_method = FORGET[c.forget_loss], RETAIN[c.retain_loss]
-    reads_hidden = any(m and m.hidden for m in (method, retain_method))
+    reads_hidden = any(m.hidden for m in methods(c))
     if reads_hidden:
         scorer.watch(c.steering_layer)
     models.adapt(scorer.lm, c)

@@ -1,5 +1,7 @@
 """Settings: pytest tests/test_configs.py. Every mistake is one sentence with exit status 2, before a model is loaded."""
 import dataclasses
+import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -80,6 +82,9 @@ def test_help_prints_every_setting_with_default_and_comment(script, capsys):
     lines = {line.split("=")[0].strip(): line for line in text.splitlines() if line.startswith("    --")}
     for f in dataclasses.fields(script.Config):
         assert f"--{f.name}={f.default}" in lines[f"--{f.name}"]
+        owner = next(base for base in script.Config.__mro__ if f.name in vars(base).get("__annotations__", ()))
+        comment = re.search(rf"\n    {f.name}: [^\n]*?  # ([^\n]*)", inspect.getsource(owner))
+        assert not comment or comment[1] in lines[f"--{f.name}"]
     assert "--micro_batch_tokens=4096" in text and "memory, never the result" in text
 
 
