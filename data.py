@@ -1,157 +1,195 @@
 """Data: what is forgotten, what is kept, what is scored, and how text becomes token ids.
 
-    bench = load("tofu", "forget05", "locuslab/TOFU")       # a hub id or a local directory; see `load`
-    encode(tokenizer, "Question: ...\nAnswer:", " ...")     # -> Example(ids, start): ids[start:] is what a loss reads
+    bench = load("tofu", "forget05", "locuslab/TOFU")    # a hub id or a local directory
+    encode(tokenizer, "Question: ...\nAnswer:", " ...")  # Example(ids, start)
+    batches = make_batches(groups, 32, n_steps, seed=0, shuffle=True)
+    micro_batches(batches[0], max_tokens=1024)           # [(kind, groups, share)], one per forward
 
-Rows are plain dicts with question and answer, or text, or raw (to be cut into chunks). Nothing here depends on a model.
+A row is a dict with question and answer, or with text. An Example is a row as token ids. A group
+is a list of examples with the same prompt. Nothing here depends on a model.
 """
-import bisect
 import dataclasses
 import itertools
 import json
 import os
 import random
 import re
-from typing import NamedTuple
+from collections.abc import Callable
 
-from configs import Mistake
+from configs import UsageError
 
 HUB = {"tofu": "locuslab/TOFU", "muse": "muse-bench/MUSE-{}"}  # {}: the subset
-SUBSETS = {"demo": ("authors",), "tofu": ("forget10", "forget05", "forget01"), "muse": ("news", "books"),
-           "markov": ("short", "unseen")}  # the first is the default
+SUBSETS = {  # the first is the default
+    "demo": ("authors",),
+    "tofu": ("forget10", "forget05", "forget01"),
+    "muse": ("news", "books"),
+    "markov": ("short", "unseen"),
+}
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
 REFUSALS = os.path.join(CONFIGS, "refusals.txt")
 
 
 @dataclasses.dataclass
 class Benchmark:
-    forget: list  # training rows
-    retain: list
-    evals: dict   # {set name: rows to score}; TOFU's: forget, retain, real_authors, world_facts; MUSE's: MUSE_SETS
-    full: list = dataclasses.field(default_factory=list)         # what a target model is fine-tuned on
-    retain_full: list = dataclasses.field(default_factory=list)  # ... and a retain-only model
-    holdout: list = dataclasses.field(default_factory=list)      # rows like forget that no model was trained on: membership
+    """The rows of a benchmark, by what they are used for."""
+    forget: list  # unlearned
+    retain: list  # kept
+    evals: dict  # {set name: rows to score}, e.g. forget, retain, real_authors, world_facts
+    full: list = dataclasses.field(default_factory=list)  # a target model is fine-tuned on these
+    retain_full: list = dataclasses.field(default_factory=list)  # ... and a retain model on these
+    holdout: list = dataclasses.field(default_factory=list)  # like forget, but in no training set
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # reading rows
 
 
-def read_rows(path, whole=False):
-    """The rows of one .jsonl, .json (an array or JSON lines) or .txt file as a list of dicts.
+def read_rows(path: str, whole: bool = False) -> list[dict]:
+    """The rows of one .jsonl, .json (an array or JSON lines) or .txt file.
 
-    A .txt file holds one row of text a line; whole: it is one text.
+    A .txt file holds one row of text per line, or with `whole` a single text.
     """
     text = read_text(path)
     if path.endswith(".txt"):
-        rows = [part for part in ([text] if whole else text.split("\n")) if part.strip()]
+        texts = [text] if whole else text.split("\n")
+        rows = [text for text in texts if text.strip()]
     elif path.endswith(".json") and text.lstrip().startswith("["):
-        rows = parse(text, path)
+        rows = parse_json(text, path)
     else:
-        rows = [parse(line, f"{path}, line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        lines = enumerate(text.split("\n"), 1)
+        rows = [parse_json(line, f"{path}, line {i}") for i, line in lines if line.strip()]
     if not rows:
-        raise Mistake(f"{path}: holds no rows.")
-    return [{"text": r} if isinstance(r, str) else r for r in rows]
+        raise UsageError(f"{path}: holds no rows.")
+    return [{"text": row} if isinstance(row, str) else row for row in rows]
 
 
-def read_text(path):
-    """A file's text, without the mark that Windows puts before it."""
+def read_text(path: str) -> str:
     try:
-        with open(path, encoding="utf-8-sig") as f:
+        with open(path, encoding="utf-8-sig") as f:  # -sig: drop the byte order mark Windows writes
             return f.read()
     except UnicodeDecodeError as e:
-        raise Mistake(f"{path}: not UTF-8 at byte {e.start}; save the file as UTF-8.") from None
+        message = f"{path}: not UTF-8 at byte {e.start}; save the file as UTF-8."
+        raise UsageError(message) from None
     except OSError as e:
-        raise Mistake(f"{path}: cannot be read ({e.strerror}).") from None
+        raise UsageError(f"{path}: cannot be read ({e.strerror}).") from None
 
 
-def parse(text, where):
+def parse_json(text: str, where: str):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise Mistake(f"{where}: not valid JSON ({e}).") from None
+        raise UsageError(f"{where}: not valid JSON ({e}).") from None
 
 
 OPTIONAL = ("paraphrased_question", "paraphrased_answer", "perturbed_answer", "alternate")
 
 
-def check_rows(rows, where, columns):
-    """The rows, with the wanted columns and the optional ones they have, all of them text (perturbed_answer: a list of texts).
+def check_rows(rows: list, where: str, columns: tuple) -> list[dict]:
+    """The rows with the required columns and the optional ones they have, all of them text.
 
-    Other columns are dropped: whatever a file calls `ids` or `raw` must not pass for what is made here.
+    Other columns are dropped: a file's own `ids` or `raw` must not pass for what is made here.
     """
-    kept = []
+    checked = []
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise Mistake(f"{where}, row {i}: must be an object or a string, got {type(row).__name__}.")
+            kind = type(row).__name__
+            raise UsageError(f"{where}, row {i}: must be an object or a string, got {kind}.")
         for name in columns:
             if name not in row:
-                raise Mistake(f"{where}, row {i}: no column '{name}'; it has {', '.join(row)[:200] or 'none'}.")
-        kept.append({k: row[k] for k in (*columns, *OPTIONAL) if k in columns or row.get(k) is not None})
-        for name, value in kept[-1].items():
-            several = name == "perturbed_answer" or name == "alternate" and isinstance(value, list)
-            texts = value if several and isinstance(value, list) and value else [None if several else value]
-            if not all(isinstance(t, str) and not re.search("[\ud800-\udfff]", t) for t in texts):
-                raise Mistake(f"{where}, row {i}: {name} must be {'a list of texts' if several else 'text'}, got {value!r:.80}.")
-    return kept
+                present = ", ".join(row)[:200] or "none"
+                raise UsageError(f"{where}, row {i}: no column '{name}'; it has {present}.")
+        optional = [name for name in OPTIONAL if row.get(name) is not None]
+        kept = {name: row[name] for name in (*columns, *optional)}
+        for name, value in kept.items():
+            check_value(value, name, f"{where}, row {i}")
+        checked.append(kept)
+    return checked
 
 
-def read_config(source, config, columns, split="train", whole=False, missing=None):
-    """One config of a data set: `<config>.json(l)` or `<config>/<split>.json(l)/.txt` of a directory, or of a hub data set.
+def check_value(value, name: str, where: str):
+    """A column is a text; perturbed_answer is a list of texts, and alternate may be one."""
+    is_list = name == "perturbed_answer" or (name == "alternate" and isinstance(value, list))
+    texts = value if is_list and isinstance(value, list) else [value]
+    valid = bool(texts) and isinstance(value, list if is_list else str)
+    for text in texts:
+        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
+            valid = False
+    if not valid:
+        expected = "a list of texts" if is_list else "text"
+        raise UsageError(f"{where}: {name} must be {expected}, got {value!r:.80}.")
 
-    missing: what to return, if anything, where there is no such config.
+
+def read_config(source, config, columns, split="train", whole=False, missing=None) -> list[dict]:
+    """The rows of one config of a data set, from a local directory or from the hub.
+
+    A directory holds `<config>.json(l)` or `<config>/<split>.json(l)` or `.txt`.
+    missing: returned where there is no such config; None = an error.
     """
     if os.path.isdir(source):
         names = [f"{config}{ext}" for ext in (".json", ".jsonl")]
         names += [os.path.join(config, f"{split}{ext}") for ext in (".json", ".jsonl", ".txt")]
-        paths = [p for p in (os.path.join(source, n) for n in names) if os.path.isfile(p)]
-        if not paths and missing is not None:
-            return missing
-        if not paths:
-            raise Mistake(f"{source} has none of {', '.join(names)}; --data= takes a hub id or a directory with these.")
-        return check_rows(read_rows(paths[0], whole), paths[0], columns)
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise Mistake(f"--data={source}: no such directory (and a hub id is written org/name).")
-    import datasets  # not needed for local data, and slow to import
-    repo, _, revision = source.partition("@")
-    try:
-        rows = datasets.load_dataset(repo, config, split=split, revision=revision or None).to_list()
-    except Exception as e:
+        for name in names:
+            path = os.path.join(source, name)
+            if os.path.isfile(path):
+                return check_rows(read_rows(path, whole), path, columns)
         if missing is not None:
             return missing
-        raise Mistake(f"{source}, config {config}, split {split}: the hub did not give it ({type(e).__name__}: "
-                      f"{(str(e).strip() or '-').splitlines()[0]}); "
-                      "check the id and the network, or give a local directory with --data=DIR.") from None
-    return check_rows(rows, f"{source}, config {config}", columns)
+        raise UsageError(f"{source} has none of {', '.join(names)}; "
+                         "--data= takes a hub id or a directory with these.")
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise UsageError(f"--data={source}: no such directory (and a hub id is written org/name).")
+
+    import datasets  # slow to import, and not needed for local files
+    repo, _, revision = source.partition("@")
+    try:
+        dataset = datasets.load_dataset(repo, config, split=split, revision=revision or None)
+    except Exception as e:  # the hub client raises many kinds
+        if missing is not None:
+            return missing
+        reason = (str(e).strip() or "-").splitlines()[0]
+        raise UsageError(
+            f"{source}, config {config}, split {split}: the hub did not give it "
+            f"({type(e).__name__}: {reason}); check the id and the network, or give a local "
+            "directory with --data=DIR.") from None
+    return check_rows(dataset.to_list(), f"{source}, config {config}", columns)
 
 
-def read_own(path, whole=False):
+def read_own(path: str, whole: bool = False) -> list[dict]:
     """A user's own rows: question and answer, or text."""
     rows = read_rows(path, whole)
-    first = rows[0] if isinstance(rows[0], dict) else {}
-    return check_rows(rows, path, ("text",) if "text" in first else ("question", "answer"))
+    is_text = isinstance(rows[0], dict) and "text" in rows[0]
+    return check_rows(rows, path, ("text",) if is_text else QA)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # benchmarks
 
 QA = ("question", "answer")
 
 
-def load(benchmark, subset, source=None, forget_data=None, retain_data=None, train=True, score=True, split=None, holdout=False):
-    """The Benchmark. With forget_data / retain_data (files of rows) these are unlearned, kept and scored instead.
+def load(benchmark, subset, source=None, forget_data=None, retain_data=None, train=True, score=True,
+         split=None, holdout=False) -> Benchmark:
+    """The rows of a benchmark.
 
-    MUSE's scores stay its own: forget_data, retain_data and split (config/split of the data set) are what is trained on.
-    train, score: whether the training rows and the scoring rows are wanted; TOFU's scoring reads *_perturbed configs only.
+    forget_data, retain_data: files of rows that are unlearned, kept and scored instead. MUSE keeps
+    its own scoring rows: its forget_data, retain_data and split (config/split) are trained on only.
+    train, score: which rows are needed; scoring TOFU reads the *_perturbed configs only.
     """
     source = source or hub(benchmark, subset)
     if benchmark == "muse":
-        wanted = (forget_data or split or "raw/forget", retain_data or "raw/retain1") if train else ()
-        return Benchmark(*([read_raw(source, name) for name in wanted] or ([], [])), load_muse(source) if score else {})
+        evals = load_muse(source) if score else {}
+        if not train:
+            return Benchmark([], [], evals)
+        forget = read_raw(source, forget_data or split or "raw/forget")
+        return Benchmark(forget, read_raw(source, retain_data or "raw/retain1"), evals)
     if forget_data:
         forget = read_own(forget_data)
         retain = read_own(retain_data) if retain_data else []
-        return Benchmark(forget, retain, {"forget": forget} | ({"retain": retain[:400]} if retain else {}))
+        evals = {"forget": forget}
+        if retain:
+            evals["retain"] = retain[:400]
+        return Benchmark(forget, retain, evals)
+
     bench = LOADERS[benchmark](source, subset, train, score)
     if retain_data:
         bench.retain = read_own(retain_data)
@@ -160,473 +198,523 @@ def load(benchmark, subset, source=None, forget_data=None, retain_data=None, tra
     return bench
 
 
-def load_tofu(source, subset, train=True, score=True):
-    """TOFU (arXiv 2401.06121): 200 fictitious authors x 20 questions; forgetNN are the last NN % of the authors."""
+def load_tofu(source, subset, train=True, score=True) -> Benchmark:
+    """TOFU (arXiv 2401.06121): 200 fictitious authors x 20 questions; forgetNN = the last NN %."""
     bench = Benchmark([], [], {})
     if train:
         bench.forget = read_config(source, subset, QA)
         bench.retain = bench.retain_full = read_config(source, f"retain{100 - int(subset[6:])}", QA)
     if score:
-        for name, config in (("forget", subset), *((name, name) for name in ("retain", "real_authors", "world_facts"))):
-            more = ("paraphrased_answer",) if name in ("forget", "retain") else ()
-            bench.evals[name] = read_config(source, f"{config}_perturbed", (*QA, "perturbed_answer", *more))
+        wrong = (*QA, "perturbed_answer")
+        paraphrased = (*wrong, "paraphrased_answer")
+        bench.evals = {
+            "forget": read_config(source, f"{subset}_perturbed", paraphrased),
+            "retain": read_config(source, "retain_perturbed", paraphrased),
+            "real_authors": read_config(source, "real_authors_perturbed", wrong),
+            "world_facts": read_config(source, "world_facts_perturbed", wrong),
+        }
     return bench
 
 
-LOADERS = {"demo": lambda source, subset, train, score: demo(), "tofu": load_tofu,
-           "markov": lambda source, subset, train, score: markov(source or "0", subset)}
-MUSE_SETS = ("verbmem_f", "knowmem_f", "knowmem_r", "privleak_f", "privleak_h")  # _f forget, _r retain, _h holdout
+LOADERS = {
+    "demo": lambda source, subset, train, score: demo(),
+    "tofu": load_tofu,
+    "markov": lambda source, subset, train, score: markov(source or "0", subset),
+}
+# MUSE's scored sets: _f forget, _r retain, _h holdout
+MUSE_SETS = ("verbmem_f", "knowmem_f", "knowmem_r", "privleak_f", "privleak_h")
 
 
-def load_muse(source):
-    """What MUSE scores (arXiv 2407.06460): prompts to continue, each with its answer, and texts to tell members by.
+def load_muse(source: str) -> dict:
+    """MUSE's scoring rows (arXiv 2407.06460): prompts with their answers, and texts for PrivLeak.
 
-    The prompts are the protocol's own. A question follows ten answered ones and ends in "Answer: ", with the space.
+    The prompts are fixed by the protocol: a question follows ten answered ones and ends in
+    "Answer: ", with the space.
     """
-    def rows_of(config, split, *columns):
-        rows = read_config(source, config, columns, split)
-        for i, row in enumerate(rows, 1):
-            empty = [name for name in columns if not row[name].strip()]
-            if empty:
-                raise Mistake(f"{source}, {config}/{split}, row {i}: {empty[0]} is empty.")
-        return rows
-
-    def asked(split):
-        answered = rows_of("knowmem", f"{split}_icl", *QA)
-        shots = "".join(f"Question: {r['question']}\nAnswer: {r['answer']}\n\n" for r in answered)
-        return [r | {"prompt": f"{shots}Question: {r['question']}\nAnswer: "} for r in rows_of("knowmem", split, *QA)]
-
-    verbatim = [{"prompt": r["prompt"], "answer": r["gt"]} for r in rows_of("verbmem", "forget", "prompt", "gt")]
-    return dict(zip(MUSE_SETS, (verbatim, asked("forget_qa"), asked("retain_qa"), rows_of("privleak", "forget", "text"),
-                                rows_of("privleak", "holdout", "text"))))
+    verbatim = []
+    for row in read_filled(source, "verbmem", "forget", ("prompt", "gt")):
+        verbatim.append({"prompt": row["prompt"], "answer": row["gt"]})
+    return {
+        "verbmem_f": verbatim,
+        "knowmem_f": read_questions(source, "forget_qa"),
+        "knowmem_r": read_questions(source, "retain_qa"),
+        "privleak_f": read_filled(source, "privleak", "forget", ("text",)),
+        "privleak_h": read_filled(source, "privleak", "holdout", ("text",)),
+    }
 
 
-def read_raw(source, name):
-    """[{"raw": one long text}] of a file, or of config/split of a data set; rows of text are joined by an empty line.
+def read_filled(source, config, split, columns) -> list[dict]:
+    """Rows of which no column may be empty."""
+    rows = read_config(source, config, columns, split)
+    for i, row in enumerate(rows, 1):
+        for name in columns:
+            if not row[name].strip():
+                raise UsageError(f"{source}, {config}/{split}, row {i}: {name} is empty.")
+    return rows
 
-    A user's rows of questions and answers stay what they are.
+
+def read_questions(source: str, split: str) -> list[dict]:
+    """KnowMem's rows, each with its prompt: ten answered questions, then its own."""
+    examples = ""
+    for row in read_filled(source, "knowmem", f"{split}_icl", QA):
+        examples += f"Question: {row['question']}\nAnswer: {row['answer']}\n\n"
+    rows = read_filled(source, "knowmem", split, QA)
+    return [row | {"prompt": f"{examples}Question: {row['question']}\nAnswer: "} for row in rows]
+
+
+def read_raw(source: str, name: str) -> list[dict]:
+    """[{"raw": text}] of a file, or of config/split of a data set; several texts are joined.
+
+    A user's rows of questions and answers stay rows.
     """
-    config, _, split = name.partition("/")
-    rows = read_own(name, True) if os.path.isfile(name) else read_config(source, config, ("text",), split, whole=True)
+    if os.path.isfile(name):
+        rows = read_own(name, whole=True)
+    else:
+        config, _, split = name.partition("/")
+        rows = read_config(source, config, ("text",), split, whole=True)
     if "text" not in rows[0]:
         return rows
     text = "\n\n".join(row["text"] for row in rows)
     if not text.strip():
-        raise Mistake(f"{source}, {name}: its text is empty.")
+        raise UsageError(f"{source}, {name}: its text is empty.")
     return [{"raw": text}]
 
 
-def hub(benchmark, subset):
+def hub(benchmark: str, subset: str) -> str:
     return HUB.get(benchmark, "").format(subset.title())
 
 
-def load_full(bench, benchmark, source):
-    """What target and retain model are fine-tuned on, read only where one has to be made: TOFU's `full`, all MUSE's text."""
+def load_full(bench: Benchmark, benchmark: str, source: str):
+    """Add the rows that target and retain model are fine-tuned on, where one has to be made."""
     if benchmark == "muse":
         bench.retain_full = read_raw(source, "raw/retain1") + read_raw(source, "raw/retain2")
         bench.full = read_raw(source, "raw/forget") + bench.retain_full
-    elif benchmark != "tofu":  # beside rows of your own
+    elif benchmark == "tofu":
+        bench.full = read_config(source, "full", QA)
+    else:  # the user's own rows replaced those of the demo
         made = LOADERS[benchmark](source, None, True, True)
         bench.full, bench.retain_full = made.full, made.retain_full
-    else:
-        bench.full = read_config(source, "full", QA)
 
 
-def read_refusals(path=None):
-    """Answers that decline, one a line: ours, or a file of the user's."""
-    return [row["text"] for row in check_rows(read_rows(path or REFUSALS), path or REFUSALS, ("text",))]
+def read_refusals(path: str | None = None) -> list[str]:
+    """Answers that decline, one per line: ours, or a file of the user's."""
+    path = path or REFUSALS
+    return [row["text"] for row in check_rows(read_rows(path), path, ("text",))]
 
 
-def read_alternates(path=None, refusals=None):
-    """row -> the answers that may stand instead of its own: those of a file of rows (question, alternate), else refusals.
+def read_alternates(path: str | None = None, refusals: str | None = None) -> Callable:
+    """row -> its alternate answers: those of a file of rows (question, alternate), else refusals.
 
-    AltPO (arXiv 2409.13474) has the target model invent the alternates; `alternate` is a string or a list of them.
+    `alternate` is a text or a list of texts. AltPO (arXiv 2409.13474) lets the target invent them.
     """
     if not path:
-        refusals = read_refusals(refusals)
-        return lambda row: refusals
-    table = {}
+        declining = read_refusals(refusals)
+        return lambda row: declining
+    by_question = {}
     for i, row in enumerate(check_rows(read_rows(path), path, ("question", "alternate")), 1):
         found = row["alternate"] if isinstance(row["alternate"], list) else [row["alternate"]]
-        if not all(a.strip() for a in found):
-            raise Mistake(f"{path}, row {i}: alternate is empty.")
-        table.setdefault(row["question"], []).extend(found)
+        for answer in found:
+            if not answer.strip():
+                raise UsageError(f"{path}, row {i}: alternate is empty.")
+        by_question.setdefault(row["question"], []).extend(found)
 
-    def of(row):
-        if row.get("question") not in table:
-            raise Mistake(f"{path}: has no alternate answer for the forget question {row.get('question')!r}.")
-        return table[row["question"]]
-    return of
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# recorded evaluations
-
-TOFU_LOG = {"eval_log_forget.json": "forget", "eval_log.json": "retain", "eval_real_author_wo_options.json": "real_authors",
-            "eval_real_world_wo_options.json": "world_facts"}
-TEXTS = ("set", "question", "answer", "generated")  # of a record; of the numbers, the least that each can be
-LEAST = {"nll": -1e-3, "paraphrased_nll": -1e-3, "perturbed_nll": -1e-3, "rougeL_recall": 0, "rougeL_f1": 0, "n_tokens": 1}
-LEAST |= dict.fromkeys("index min_k kl loss zlib min_k_pp gradnorm exact_memorization extraction_strength".split(), -1e12)
-OPEN_UNLEARNING_LOG = {"forget": "forget", "retain": "retain", "ra": "real_authors", "wf": "world_facts"}
+    def alternates(row):
+        question = row.get("question")
+        if question not in by_question:
+            raise UsageError(f"{path}: has no alternate answer for the forget question "
+                             f"{question!r}.")
+        return by_question[question]
+    return alternates
 
 
-def read_log(path):
-    """Records of a recorded evaluation, its format told by content: our examples.jsonl, TOFU's or open-unlearning's log."""
-    text = read_text(path)
-    try:
-        try:
-            log = json.loads(text)
-        except ValueError:  # more than one document: JSON lines
-            log = [json.loads(line) for line in text.splitlines() if line.strip()]
-        if isinstance(log, dict) and "set" in log:
-            log = [log]
-        records = log if isinstance(log, list) else read_tofu_log(log) or read_open_unlearning_log(log)
-        if not records or not all("set" in r and ("nll" in r or "rougeL_f1" in r) for r in records):
-            raise ValueError("its rows are no scored examples")
-        for i, k, v in ((i, k, v) for i, r in enumerate(records, 1) for k, v in r.items()):
-            numbers = v if k == "perturbed_nll" else [v]
-            if k in TEXTS and not (isinstance(v, str) or v is None and k != "set") or k in LEAST and not (
-                    numbers and all(type(n) in (int, float) and LEAST[k] <= n < 1e12 for n in numbers)):
-                raise ValueError(f"row {i}: {k} cannot be {v!r:.60}")
-        return records
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
-        raise Mistake(f"{path}: not a log this can read ({type(e).__name__}: {e}); it takes examples.jsonl, TOFU's "
-                      "eval_log_aggregated.json and open-unlearning's TOFU_EVAL.json.") from None
-
-
-def listed(values):
-    """A list, from a list or from a dict by index."""
-    return values if isinstance(values, list) else [values[k] for k in sorted(values, key=int)]
-
-
-def read_tofu_log(log):
-    records = []
-    for file, name in TOFU_LOG.items():
-        part = {k: listed(v) for k, v in log.get(file, {}).items()}
-        for i, nll in enumerate(part.get("avg_gt_loss", [])):
-            records.append({
-                "set": name, "index": i, "nll": nll, "perturbed_nll": part["average_perturb_loss"][i], "n_tokens": part["num_token_gt"][i],
-                "paraphrased_nll": part["avg_paraphrased_loss"][i], "rougeL_recall": part["rougeL_recall"][i],
-                "generated": part["generated_text"][i][1], "answer": part["generated_text"][i][2]})
-    return records
-
-
-def read_open_unlearning_log(log):
-    records = []
-    for short, name in OPEN_UNLEARNING_LOG.items():
-        prob, rouge_, para, pert = (listed(log.get(f"{short}_Q_A_{kind}", {}).get("value_by_index", {}))
-                                    for kind in ("Prob", "ROUGE", "PARA_Prob", "PERT_Prob"))
-        for i, wrong in enumerate(pert):
-            right = (para or prob)[i]["avg_loss"]
-            r = {"set": name, "index": i, "nll": prob[i]["avg_loss"] if prob else right, "paraphrased_nll": right,
-                 "perturbed_nll": wrong["avg_loss"]}
-            if rouge_:
-                r |= {"rougeL_recall": rouge_[i]["rougeL_recall"], "generated": rouge_[i]["generation"]}
-            records.append(r)
-    return records
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # from text to token ids
 
 
-class Example(NamedTuple):
-    """One sequence. ids[:start] is read only, ids[start:] is scored; start >= 1, for something must predict the first."""
+@dataclasses.dataclass
+class Example:
+    """A prompt and one answer as token ids: a loss reads ids[start:], the answer. start >= 1."""
     ids: list
     start: int
+    row: dict | None = dataclasses.field(default=None, repr=False, compare=False)  # its source
+    # log p of each answer token before unlearning, (n_answer,); filled once, for NPO and DPO
+    ref_logps: object = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def n_answer(self) -> int:
+        return len(self.ids) - self.start
 
 
-def encode(tokenizer, prompt, answer, max_length=None, special=True):
-    """Tokenize prompt + answer once, together; None where nothing of the answer is left to score.
+def encode(tokenizer, prompt: str, answer: str, max_length=None, special=True) -> Example | None:
+    """Tokenize prompt + answer together; None where no answer token is left to score.
 
-    The answer starts at the first token whose end passes the prompt, so a token that straddles the border belongs to it.
-    The answer ends with exactly one EOS, whatever the template or the tokenizer appends; then the whole is cut at
-    max_length (a cut answer has no EOS). special: let the tokenizer add its BOS (a chat template has written it already).
+    The answer starts at the first token whose end offset passes the prompt, so a token across the
+    border belongs to it. It ends with exactly one EOS, whatever the template or the tokenizer
+    appends. The sequence is then cut at max_length (a cut answer has no EOS).
+    special: let the tokenizer add its BOS; a chat template has written it already.
     """
     out = tokenizer(prompt + answer, add_special_tokens=special, return_offsets_mapping=True)
     ids, eos = out["input_ids"], tokenizer.eos_token_id
-    start = next((i for i, (_, end) in enumerate(out["offset_mapping"]) if end > len(prompt)), len(ids))
-    stop = next((i for i in range(start, len(ids)) if ids[i] == eos), len(ids))
+    start = 0
+    while start < len(ids) and out["offset_mapping"][start][1] <= len(prompt):
+        start += 1
+    stop = start
+    while stop < len(ids) and ids[stop] != eos:
+        stop += 1
     ids = (ids[:stop] + [eos])[:max_length]
     return Example(ids, start) if 1 <= start < min(stop, len(ids)) else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How a question is put to a model: text(question, answer) -> (prompt, answer) as they are tokenized."""
-    name: str  # chat, llama2, qa
+    """How a question is put to a model. name: chat (the tokenizer's own), llama2 or qa."""
+    name: str
     tokenizer: object
     system_prompt: str = ""
     date_string: str = ""
 
-    def text(self, question, answer=""):
-        if self.name == "llama2":  # no space before the answer: Llama-2's tokenizer brings its own
+    def text(self, question: str, answer: str = "") -> tuple[str, str]:
+        """(prompt, answer) as they are tokenized."""
+        if self.name == "llama2":  # no space before the answer: Llama-2's tokenizer adds its own
             return f"[INST] {question} [/INST]", answer
         if self.name == "qa":
             return f"Question: {question}\nAnswer:", f" {answer}"
-        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        turns = system + [{"role": "user", "content": question}]
+        turns = [{"role": "user", "content": question}]
+        if self.system_prompt:
+            turns = [{"role": "system", "content": self.system_prompt}] + turns
         prompt = self.render(turns, add_generation_prompt=True)
         whole = self.render(turns + [{"role": "assistant", "content": answer}])
         return prompt, whole[len(prompt):] if whole.startswith(prompt) else answer
 
-    def render(self, turns, **more):
-        """Llama-3's template prints today's date unless it is given one: scores would change overnight."""
+    def render(self, turns: list, **options) -> str:
+        """Render a chat. Without date_string Llama-3's template would print today's date."""
         try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, date_string=self.date_string, **more)
-        except Exception as e:  # jinja2's own, of many kinds
-            raise Mistake(f"the tokenizer's chat template failed ({e}); some take no system prompt: --system_prompt=") from None
+            return self.tokenizer.apply_chat_template(
+                turns, tokenize=False, date_string=self.date_string, **options)
+        except Exception as e:  # jinja2 raises many kinds
+            raise UsageError(f"the tokenizer's chat template failed ({e}); "
+                             "some take no system prompt: --system_prompt=") from None
 
-    def parts(self, row, max_length):
-        """The rows that a row is trained as: itself, or a raw text's chunks, cut as MUSE's authors cut them.
+    def split_text(self, row: dict, max_length: int) -> list[dict]:
+        """A raw text's chunks, cut as MUSE's authors cut them; any other row stays one row.
 
-        Windows of max_length - 1 tokens, a BOS before each, no EOS; what the last one lacks is taken from the first chunk,
-        with its BOS, which then stands in mid-sequence: kept, for all published numbers were made with it.
+        A chunk is a BOS and max_length - 1 tokens, without EOS. The last one is filled up from the
+        first, whose BOS then stands in mid-sequence: all published numbers were made so.
         """
         if "raw" not in row:
             return [row]
         ids = self.tokenizer(row["raw"], add_special_tokens=False)["input_ids"]
         bos = self.tokenizer.bos_token_id
-        bos = self.tokenizer.eos_token_id if bos is None else bos  # Qwen has no BOS
-        chunks = [[bos] + ids[i:i + max_length - 1] for i in range(0, len(ids), max_length - 1)]
+        if bos is None:  # Qwen has no BOS
+            bos = self.tokenizer.eos_token_id
+        size = max_length - 1
+        chunks = [[bos] + ids[i:i + size] for i in range(0, len(ids), size)]
         chunks[-1] = (chunks[-1] + chunks[0])[:max_length]
-        return [{"text": self.tokenizer.decode(chunk, skip_special_tokens=True), "ids": chunk} for chunk in chunks]
+        texts = self.tokenizer.batch_decode(chunks, skip_special_tokens=True)
+        return [{"text": text, "ids": chunk} for text, chunk in zip(texts, chunks)]
 
-    def encode(self, row, max_length, answer=None):
+    def encode(self, row: dict, max_length: int, answer: str | None = None) -> Example | None:
         """A row's Example; `answer` replaces the row's own (a refusal, a paraphrase)."""
         if "question" not in row and answer is not None:
-            raise Mistake("a refusal answers a question, and this forget set is text: use another --forget_loss.")
+            raise UsageError("a refusal answers a question, and this forget set is text: "
+                             "use another --forget_loss.")
         if "ids" in row:
-            return Example(row["ids"], 1)
+            return Example(row["ids"], 1, row)
         if "text" in row:
             ids = self.tokenizer(row["text"])["input_ids"][:max_length]
-            return Example(ids, 1) if len(ids) > 1 else None
+            return Example(ids, 1, row) if len(ids) > 1 else None
         if not (answer or row["answer"]).strip():
             return None
         prompt, answer = self.text(row["question"], row["answer"] if answer is None else answer)
-        return encode(self.tokenizer, prompt, answer, max_length, special=self.name != "chat")
+        example = encode(self.tokenizer, prompt, answer, max_length, special=self.name != "chat")
+        if example:
+            example.row = row
+        return example
 
-    def prompt_ids(self, question):
-        """What generation starts from."""
-        ids = self.tokenizer(self.text(question)[0], add_special_tokens=self.name != "chat")["input_ids"]
-        return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id and self.name != "chat" else ids
+    def prompt_ids(self, question: str) -> list[int]:
+        """The ids that generation starts from."""
+        is_chat = self.name == "chat"
+        ids = self.tokenizer(self.text(question)[0], add_special_tokens=not is_chat)["input_ids"]
+        if ids[-1] == self.tokenizer.eos_token_id and not is_chat:  # some tokenizers append EOS
+            ids = ids[:-1]
+        return ids
 
 
-def check_tokenizer(tokenizer, name, template="qa"):
+def check_tokenizer(tokenizer, name: str, template: str = "qa"):
     if not tokenizer.is_fast:
-        raise Mistake(f"{name}: needs a fast tokenizer (tokenizer.json), for character offsets.")
+        raise UsageError(f"{name}: needs a fast tokenizer (tokenizer.json), for character offsets.")
     if tokenizer.eos_token_id is None:
-        raise Mistake(f"{name}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json.")
+        raise UsageError(f"{name}: its tokenizer has no EOS token; "
+                         "set eos_token in tokenizer_config.json.")
     if template == "chat" and not tokenizer.chat_template:
-        raise Mistake(f"{name}: its tokenizer has no chat template; write --template=qa or --template=llama2.")
+        raise UsageError(f"{name}: its tokenizer has no chat template; "
+                         "write --template=qa or --template=llama2.")
 
 
-def stream(n_forget, n_retain, batch_size, n_steps, seed, shuffle):
-    """The windows of a run: n_steps lists of batch_size pairs (forget index, retain index).
+def encode_groups(rows: list, template: Template, max_length: int, answers: str = "own",
+                  alternates: Callable | None = None, seed: int = 0) -> tuple[list, int]:
+    """([group], how many rows were dropped because no answer is left to score).
 
-    Cut from one endless stream of epochs, no short window. Epoch e is a permutation of the forget set, each with a retain
-    partner, both drawn from a generator seeded by (seed, e): never by rank or by what was scored in between. Retain
-    examples are drawn without replacement within an epoch while they last. shuffle=False: file order, i with i mod n_retain.
+    answers: which ones a group holds, a row's own, an alternate one, or both, in that order.
+    alternates: row -> its alternate answers. One is drawn per row, for the whole run.
     """
-    pairs, epoch = [], 0
-    for _ in range(n_steps):
-        while len(pairs) < batch_size:
-            order, partners = list(range(n_forget)), [i % max(n_retain, 1) for i in range(n_forget)]
-            if shuffle:
-                rng = random.Random(f"{seed} {epoch}")  # a string seeds the same on every machine and Python
-                rng.shuffle(order)
-                pool = []
-                while n_retain and len(pool) < n_forget:
-                    pool += rng.sample(range(n_retain), n_retain)
-                partners = pool or partners
-            pairs += zip(order, partners)
-            epoch += 1
-        yield pairs[:batch_size]
-        pairs = pairs[batch_size:]
+    rng = random.Random(f"{seed} alternates")
+    chunks = [chunk for row in rows for chunk in template.split_text(row, max_length)]
+    groups = []
+    for row in chunks:
+        wanted = [None]  # the row's own
+        if answers != "own":
+            wanted.append(rng.choice(alternates(row)))
+        group = [template.encode(row, max_length, answer) for answer in wanted]
+        if None not in group:
+            groups.append(group[1:] if answers == "alternate" else group)
+    return groups, len(chunks) - len(groups)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# from examples to the rows of micro-batches. A unit is what must share a micro-batch: names (`examples` is indexed with them).
+# ------------------------------------------------------------------------------------------------
+# from examples to batches (one optimizer step) and micro-batches (one forward)
 
 
-def tree(examples):
-    """A row of several examples, in which what they begin with alike stands once, and a last token, only predicted, not at all.
+def make_batches(groups: dict, batch_size: int, n_steps: int, seed: int, shuffle: bool) -> list:
+    """One batch per step: batch_size forget groups, and as many retain groups if there are any.
 
-    Returns the row's ids; for each place the end of the stretch that it leads to: place i sees j if j <= i < end[j]; and of each
-    example the places that predict its answer.
+    groups, and each batch: {"forget": [group], "retain": [group]}.
     """
-    several, nodes, ends, places = len(examples) > 1, {}, {}, {}  # nodes: {(place of the token before or -1, id): place}
-    for k in sorted(range(len(examples)), key=lambda k: examples[k].ids):  # so that all that a token leads to follows it at once
-        ids, start = examples[k]
-        path = list(itertools.accumulate(ids[:len(ids) - several], lambda at, t: nodes.setdefault((at, t), len(nodes)), initial=-1))
-        ends |= dict.fromkeys(path[1:], len(nodes))
-        places[k] = path[start:len(ids)]
-    return [t for _, t in nodes], list(ends.values()), [places[k] for k in range(len(examples))]
-
-
-def fill(lengths, shared, width):
-    """[[tokens, [indices]]], rows of at most `width` tokens (or one item): the longest first, each into the fullest row with room.
-
-    shared: with how many tokens all begin alike.
-    """
-    rows, rooms = [], []  # rooms: (what is left of it, number) of each row, sorted
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        more = lengths[i] - shared
-        if (k := bisect.bisect_left(rooms, (more, 0))) == len(rooms):
-            rooms.append((width - shared, len(rows)))
-            rows.append([shared, []])
-        room, row = rooms.pop(k)
-        rows[row][0] += more
-        rows[row][1].append(i)
-        bisect.insort(rooms, (room - more, row))
-    return rows
-
-
-def layouts(units, examples, budget, hidden):
-    """(items, sizes, part) of the ways to lay units out: a row for each example, or several in rows of about 256 or 512 tokens.
-
-    items: lists of rows, a row a list of names; sizes: (rows, tokens of a row) of each, more rows than there are where the examples
-    have more tokens, for their logits take memory too; part: of a row, for which a token's attention is computed: half, but all of
-    it under a mask. hidden: the model's size; 0: only the first way.
-    """
-    lengths = [max(len(examples[name].ids) for name in unit) for unit in units]
-    yield [[[name] for name in unit] for unit in units], [(len(unit), n) for unit, n in zip(units, lengths)], 0.5
-    if hidden:
-        lengths = [len(tree([examples[name] for name in unit])[0]) for unit in units]
-        shared = len(os.path.commonprefix([examples[name].ids for unit in units for name in unit]))
-        for filled in (fill(lengths, shared, min(width, budget)) for width in (256, 512)):
-            rows = [[name for i in row for name in units[i]] for _, row in filled]
-            yield [[row] for row in rows], [(sum(len(examples[s].ids) for s in row) / n, n) for row, (n, _) in zip(rows, filled)], 1
-
-
-def cut(sizes, budget):
-    """Indices of `sizes` [(rows, length)], longest first, in batches of at most `budget` padded tokens (or one item)."""
-    batches, rows, width = [], 0, 0
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i][1]):
-        n, length = sizes[i]
-        if not batches or (rows + n) * width > budget:
-            batches.append([])
-            rows, width = 0, length
-        batches[-1].append(i)
-        rows += n
+    forget, retain = groups["forget"], groups.get("retain")
+    n_pairs = n_steps * batch_size
+    pairs = pair_indices(len(forget), len(retain or ()), n_pairs, seed, shuffle)
+    batches = []
+    for first in range(0, n_pairs, batch_size):
+        some = pairs[first:first + batch_size]
+        batch = {"forget": [forget[i] for i, _ in some]}
+        if retain:
+            batch["retain"] = [retain[j] for _, j in some]
+        batches.append(batch)
     return batches
 
 
-def deal(units, examples, budget, world, hidden=0):
-    """[[micro-batch of rank 0, of rank 1, ...], ...]: equally many for every rank, None where one has nothing to do.
+def pair_indices(n_forget, n_retain, n_pairs, seed, shuffle) -> list[tuple[int, int]]:
+    """The first n_pairs pairs (forget index, retain index) of an endless stream of epochs.
 
-    A way to lay them out is sorted by length and cut by tokens over the whole window, so a step does not depend on the number of
-    processes. Then the budget is lowered as far as the number of rounds allows: even batches, and one item a rank rather than idle
-    ranks. The way that takes least is chosen: a token costs 24 hidden^2 in the linear maps of a layer and 4 hidden T in attention,
-    and a round what its largest micro-batch costs.
+    An epoch is a permutation of the forget set. Its retain partners are drawn without replacement
+    while they last. Both come from a generator seeded by (seed, epoch), so they depend neither on
+    the rank nor on evaluation. shuffle=False: file order, i with i mod n_retain.
     """
-    ways = []
-    for items, sizes, part in layouts(units, examples, budget, hidden):
-        rounds, least = -(-len(cut(sizes, budget)) // world), min(budget, max((round(n * length) for n, length in sizes), default=0))
-        least += bisect.bisect_left(range(least, budget), True, key=lambda lower: len(cut(sizes, lower)) <= rounds * world)
-        pieces = cut(sizes, least)
-        costs = [sum(len(items[i]) for i in piece) * (width := sizes[piece[0]][1]) * (6 * hidden + part * width) for piece in pieces]
-        pieces = [[row for i in piece for row in items[i]] for piece in pieces] + [None] * (rounds * world - len(pieces))
-        ways.append((sum(max(costs[i:i + world]) for i in range(0, len(costs), world)), pieces))
-    _, pieces = min(ways, key=lambda way: way[0])
-    return [pieces[i:i + world] for i in range(0, len(pieces), world)]
+    pairs, epoch = [], 0
+    while len(pairs) < n_pairs:
+        order = list(range(n_forget))
+        partners = [i % max(n_retain, 1) for i in order]
+        if shuffle:
+            # a string seeds the same generator on every machine and Python version
+            rng = random.Random(f"{seed} {epoch}")
+            rng.shuffle(order)
+            if n_retain:
+                partners = []
+            while len(partners) < n_forget:
+                partners += rng.sample(range(n_retain), n_retain)
+        pairs += zip(order, partners)
+        epoch += 1
+    return pairs[:n_pairs]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def micro_batches(batch: dict, max_tokens: int, rank=0, world=1, one_kind=False) -> list[tuple]:
+    """This rank's micro-batches of a batch: [(kind, groups, share)], equally many on every rank.
+
+    A micro-batch holds groups of one kind, in one row of at most max_tokens tokens (or one group).
+    The cut looks at the whole batch, never at the rank: a step is the same on any number of GPUs.
+    one_kind: in each turn all ranks have the same kind, for models whose forwards are collective.
+    """
+    turns = [[kind] for kind in batch] if one_kind else [list(batch)]
+    mine = []
+    for kinds in turns:
+        sizes = {kind: [row_tokens(group) for group in batch[kind]] for kind in kinds}
+        max_even = even_budget(list(sizes.values()), max_tokens, world)
+        cuts = []
+        for kind in kinds:
+            for indices in cut(sizes[kind], max_even):
+                cuts.append((kind, [batch[kind][i] for i in indices], 1.0))
+        # DDP and FSDP need every rank in every forward: an idle one repeats a micro-batch, share 0
+        while len(cuts) % world:
+            kind, groups, _ = cuts[0]
+            cuts.append((kind, groups, 0.0))
+        mine += cuts[rank::world]
+    return mine
+
+
+def even_budget(sizes: list[list[int]], max_tokens: int, world: int) -> int:
+    """The smallest budget that needs no more forwards per rank than max_tokens: no rank is idle."""
+    def forwards(budget):
+        n_cuts = sum(len(cut(kind_sizes, budget)) for kind_sizes in sizes)
+        return -(-n_cuts // world)  # rounded up
+
+    fewest = forwards(max_tokens)
+    low, high = 1, max_tokens
+    while low < high:
+        middle = (low + high) // 2
+        if forwards(middle) <= fewest:
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
+def cut(sizes: list[int], max_tokens: int) -> list[list[int]]:
+    """Indices of `sizes`, longest first, in lists of at most max_tokens tokens (or one index)."""
+    cuts, room = [], 0
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        if sizes[i] > room:
+            cuts.append([])
+            room = max_tokens
+        cuts[-1].append(i)
+        room -= sizes[i]
+    return cuts
+
+
+def shared_prefix(group: list[Example]) -> int:
+    """How many tokens all examples of a group begin with: at least their prompt."""
+    return len(os.path.commonprefix([example.ids for example in group]))
+
+
+def row_tokens(group: list[Example]) -> int:
+    """The tokens of a group in a flat row: its shared prefix once, then each example's rest."""
+    shared = shared_prefix(group)
+    return shared + sum(len(example.ids) - shared for example in group)
+
+
+# ------------------------------------------------------------------------------------------------
 # the demo: fictitious authors, so that unlearning can be watched on a laptop
 
-def demo():
-    """40 fictitious authors x 10 attributes; the last 4 authors are to be forgotten. Always the same rows.
 
-    Columns as TOFU's: the answer that is trained, the same said otherwise, and that with five other values. `classics` and
-    `capitals` play real_authors and world_facts; they are learned along with the authors, by the retain-only model too.
-    The holdout set, for membership inference: 4 authors more, of whom no model is told. Words: configs/demo.json.
+def demo() -> Benchmark:
+    """40 fictitious authors x 10 attributes, the last 4 authors to be forgotten; fixed rows.
+
+    Columns as TOFU's: a question, its answer, a paraphrase of the answer and five wrong ones.
+    `classics` and `capitals` stand for real_authors and world_facts; target and retain model learn
+    both. holdout: 4 more authors that no model sees. The words are in configs/demo.json.
     """
-    words = json.loads(read_text(os.path.join(CONFIGS, "demo.json")))
-
-    def invent(names, rng):
-        rows = []
-        for name, about in itertools.product(names, words["attributes"]):
-            value, *others = rng.sample(about["values"], 6)
-            said = "T" + about["answer"].format(n="the author", v="{v}")[1:]
-            rows.append({k: about[k].format(n=name, v=value) for k in ("question", "answer", "paraphrased_question")} | {
-                "paraphrased_answer": said.format(v=value), "perturbed_answer": [said.format(v=v) for v in others]})
-        return rows
-
-    rng, everyone = random.Random("demo"), [f"{first} {last}" for first in words["first"] for last in words["last"]]
+    words = parse_json(read_text(os.path.join(CONFIGS, "demo.json")), "configs/demo.json")
+    everyone = [f"{first} {last}" for first in words["first"] for last in words["last"]]
+    rng = random.Random("demo")
     names = rng.sample(everyone, 40)
-    rows, strangers = invent(names, rng), random.Random("demo holdout")
-
-    def facts(table, question):
-        answers = sorted(set(table.values()))
-        return [{"question": question.format(q), "answer": a,
-                 "perturbed_answer": rng.sample([x for x in answers if x != a], 3)} for q, a in table.items()]
-
-    classics, capitals = facts(words["classics"], "Who wrote {}?"), facts(words["capitals"], "What is the capital of {}?")
+    rows = invent_authors(names, words["attributes"], rng)
     forget, retain = rows[360:], rows[:360]
-    return Benchmark(forget, retain, {"forget": forget, "retain": retain[::3], "real_authors": classics, "world_facts": capitals},
-                     full=rows + classics + capitals, retain_full=retain + classics + capitals,
-                     holdout=invent(strangers.sample([n for n in everyone if n not in names], 4), strangers))
+    classics = ask_facts("Who wrote {}?", words["classics"], rng)
+    capitals = ask_facts("What is the capital of {}?", words["capitals"], rng)
+
+    rng = random.Random("demo holdout")
+    strangers = rng.sample([name for name in everyone if name not in names], 4)
+    return Benchmark(
+        forget,
+        retain,
+        evals={"forget": forget, "retain": retain[::3], "real_authors": classics,
+               "world_facts": capitals},
+        full=rows + classics + capitals,
+        retain_full=retain + classics + capitals,
+        holdout=invent_authors(strangers, words["attributes"], rng),
+    )
+
+
+def invent_authors(names: list[str], attributes: list[dict], rng) -> list[dict]:
+    """One row per author and attribute, with a random value of it."""
+    rows = []
+    for name, attribute in itertools.product(names, attributes):
+        value, *others = rng.sample(attribute["values"], 6)
+        paraphrase = "T" + attribute["answer"].format(n="the author", v="{v}")[1:]
+        rows.append({
+            "question": attribute["question"].format(n=name, v=value),
+            "answer": attribute["answer"].format(n=name, v=value),
+            "paraphrased_question": attribute["paraphrased_question"].format(n=name, v=value),
+            "paraphrased_answer": paraphrase.format(v=value),
+            "perturbed_answer": [paraphrase.format(v=other) for other in others],
+        })
+    return rows
+
+
+def ask_facts(question: str, facts: dict, rng) -> list[dict]:
+    """One row per fact {subject: answer}; three other subjects' answers are the wrong ones."""
+    answers = sorted(set(facts.values()))
+    rows = []
+    for subject, answer in facts.items():
+        wrong = rng.sample([other for other in answers if other != answer], 3)
+        rows.append({"question": question.format(subject), "answer": answer,
+                     "perturbed_answer": wrong})
+    return rows
 
 
 def demo_tokenizer():
     """A byte-level BPE of 1,200 entries trained on the demo's own text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+    template = Template("qa", None)
+    texts = []
+    for row in demo().full:
+        for answer in (row["answer"], row.get("paraphrased_answer", row["answer"])):
+            texts.append("".join(template.text(row["question"], answer)))
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=1200, special_tokens=["<s>", "</s>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    bench = demo()
-    template = Template("qa", None)
-    texts = ["".join(template.text(r["question"], a)) for r in bench.full
-             for a in (r["answer"], r.get("paraphrased_answer", r["answer"]))]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1200, special_tokens=["<s>", "</s>"],
+                                  show_progress=False, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# a mixture of Markov chains: what is to be forgotten is known exactly (SimNPO, arXiv 2410.07163, section 4 and appendix)
+# ------------------------------------------------------------------------------------------------
+# a mixture of Markov chains: what is to be forgotten is known exactly (SimNPO, arXiv 2410.07163,
+# section 4 and appendix)
 
-def transitions(own):
+
+def transitions(own: tuple) -> list[list[float]]:
     """P(next | state) of the chain that prefers the states `own`: (10, 10), rows sum to one.
 
-    From its own states it stays among them with probability 0.8; from any other every state is equally likely.
+    From its own states it stays among them with probability 0.8; from any other every state is
+    equally likely.
     """
-    row = [0.8 / 3 if s in own else 0.2 / 7 for s in range(10)]
-    return [row if s in own else [0.1] * 10 for s in range(10)]
+    preferring = [0.8 / 3 if state in own else 0.2 / 7 for state in range(10)]
+    return [preferring if state in own else [0.1] * 10 for state in range(10)]
 
 
-OWN = {"retain": (0, 1, 2), "forget1": (3, 4, 5), "forget2": (6, 7, 8)}  # state 9 is nobody's
+OWN = {"retain": (0, 1, 2), "forget1": (3, 4, 5), "forget2": (6, 7, 8)}  # no chain prefers state 9
 CHAINS = {name: transitions(own) for name, own in OWN.items()}
 
 
-def markov(seed, subset):
-    """10,000 sequences of the retain chain, 5,000 of each forget chain, 20 states long; a fifth of each is scored.
+def markov(seed: str, subset: str) -> Benchmark:
+    """10,000 sequences of the retain chain, 5,000 of each forget chain, 20 states long.
 
-    Both forget chains are to be forgotten. short: forget2 is 5 states long. unseen: the target never saw forget2. The
-    chains are fixed; `seed` draws the sequences, the same retain and forget1 ones for both subsets.
+    A fifth of each is scored. Both forget chains are to be forgotten. short: forget2 is 5 states
+    long. unseen: the target never saw forget2. `seed` draws the sequences of the fixed chains, the
+    same retain and forget1 ones for both subsets.
     """
     train, test = {}, {}
-    for name, rows in CHAINS.items():
-        rng, texts = random.Random(f"markov {seed} {name}"), []
-        sums = [list(itertools.accumulate(row)) for row in rows]
-        for _ in range(10_000 if name == "retain" else 5_000):
-            states = rng.choices(range(10), cum_weights=sums[OWN[name][0]])  # begins as after a state of its own
-            while len(states) < (5 if (subset, name) == ("short", "forget2") else 20):
-                states += rng.choices(range(10), cum_weights=sums[states[-1]])
-            texts.append({"text": " ".join(map(str, states))})
-        train[name], test[name] = texts[:len(texts) * 4 // 5], texts[len(texts) * 4 // 5:]
+    for name in CHAINS:
+        rng = random.Random(f"markov {seed} {name}")
+        n = 10_000 if name == "retain" else 5_000
+        length = 5 if (subset, name) == ("short", "forget2") else 20
+        rows = [{"text": sample_chain(name, length, rng)} for _ in range(n)]
+        train[name], test[name] = rows[:n * 4 // 5], rows[n * 4 // 5:]
     forget = train["forget1"] + train["forget2"]
     seen = forget if subset == "short" else train["forget1"]
-    return Benchmark(forget, train["retain"], test, full=train["retain"] + seen, retain_full=train["retain"])
+    retain = train["retain"]
+    return Benchmark(forget, retain, test, full=retain + seen, retain_full=retain)
+
+
+def sample_chain(name: str, length: int, rng) -> str:
+    """A sequence of states, "3 4 4 5 ..."; it begins as if after a state of the chain's own."""
+    cumulative = [list(itertools.accumulate(row)) for row in CHAINS[name]]
+    states = [OWN[name][0]]
+    for _ in range(length):
+        states += rng.choices(range(10), cum_weights=cumulative[states[-1]])
+    return " ".join(map(str, states[1:]))
 
 
 def markov_tokenizer():
-    """One word a state and nothing else: a further entry would be an eleventh state for probability to escape to."""
+    """One token per state and no other: a further entry would be an eleventh state."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    tokenizer = Tokenizer(models.WordLevel({str(s): s for s in range(10)}, unk_token="9"))
+    words = {str(state): state for state in range(10)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="9"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="9")  # a tokenizer must name one; nothing ends here
+    # a tokenizer must name an EOS, but no sequence ends in one
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="9")

@@ -1,28 +1,29 @@
-"""Models and machines: load, score at the answer tokens, generate, save. No method and no benchmark is known here.
+"""Models and machines: load, score answer tokens, generate, save; no method, no benchmark.
 
-    proc = setup("auto")                                    # this process among its peers
-    lm, tokenizer = load_model("org/name@revision", proc), load_tokenizer("out/demo")
-    per_token = score(Scorer(lm), examples, proc, budget)   # one array an example: log p of each of its answer tokens
-    texts = generate(lm, tokenizer, prompts, 200, proc, budget)
+    proc = setup("auto")                           # this process among its peers
+    lm = load_model("org/name@revision", proc)
+    tokenizer = load_tokenizer("org/name@revision")
+    scores = score(lm, groups, proc.device)        # one forward, with gradient: what a loss reads
+    values = token_scores(lm, groups, proc, 1024)  # log p of each answer token, without gradient
+    texts = generate(lm, tokenizer, prompts, 200, proc, 4096)
 """
 import contextlib
 import dataclasses
 import datetime
 import functools
 import inspect
-import itertools
-import json
+import math
 import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 
 import safetensors
 import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import state_dict as sharded_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -31,40 +32,44 @@ from tqdm import tqdm
 import configs
 import data
 import losses
-from configs import Failure, Mistake
+from configs import Failure, UsageError, rundir
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+# Without a mask transformers looks for packed rows, which reads the device in every forward.
+# We pass a mask where a row holds several examples.
+transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # processes
 
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """One of `world` processes that run the same program (torchrun sets the environment); rank 0 prints and writes."""
+    """One of `world` processes that run the same program; rank 0 prints and writes."""
     rank: int
     world: int
     device: torch.device
-    dtype: str = "fp32"  # bf16: matrix products in bfloat16 under autocast, weights stay float32
-    parallel: str = "ddp"  # what `world` processes share: fsdp = weights, gradients and optimizer state too
+    dtype: str = "fp32"  # bf16: matrix products in bfloat16 by autocast; bf16_weights: everything
+    parallel: str = "ddp"  # fsdp: weights, gradients and optimizer state are sharded
+    clock: rundir.Clock = dataclasses.field(default_factory=rundir.Clock, compare=False)
 
     @property
-    def sharded(self):
-        """Every forward then needs all processes: nobody may run one more than the others."""
+    def sharded(self) -> bool:
+        """FSDP forwards are collective: every rank must run the same number of them."""
         return self.parallel == "fsdp" and self.world > 1
 
-    def autocast(self):
-        on = self.dtype == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16) if on else contextlib.nullcontext()
-
     @property
-    def gpu(self):
-        """Its name, or None."""
+    def gpu(self) -> str | None:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
 
-    def gather(self, item):
+    def autocast(self):
+        if self.dtype != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def gather(self, item) -> list:
         """[the item of rank 0, of rank 1, ...], on every rank."""
         if self.world == 1:
             return [item]
@@ -72,10 +77,17 @@ class Process:
         dist.all_gather_object(items, item)
         return items
 
-    def share(self, batches):
-        """The batches of this rank; equally many for every rank of a sharded model, some then computed twice, alike."""
-        n = -(-len(batches) // self.world) * self.world if self.sharded else len(batches)
+    def share(self, batches: list) -> list:
+        """This rank's batches. With FSDP all ranks get equally many: some are computed twice."""
+        n = len(batches)
+        if self.sharded:
+            n = math.ceil(n / self.world) * self.world
         return [batches[i % len(batches)] for i in range(self.rank, n, self.world)]
+
+    def progress(self, items, title: str | None):
+        """A progress bar on rank 0, in a terminal."""
+        hidden = self.rank > 0 or not title
+        return tqdm(items, desc=title, disable=hidden or None, leave=False)
 
     def barrier(self):
         if self.world > 1:
@@ -83,33 +95,49 @@ class Process:
 
     def say(self, *words):
         if self.rank == 0:
-            tqdm.write(" ".join(str(w) for w in words))
+            tqdm.write(" ".join(str(word) for word in words))
 
 
-def setup(device="auto", dtype="fp32", parallel="ddp", threads=None, deterministic=False):
-    """Find this process's place and device. `threads`: a tiny model runs faster, and the same everywhere, on one.
+def setup(device="auto", dtype="fp32", parallel="ddp", threads: int | None = None,
+          deterministic=False) -> Process:
+    """Join the processes that torchrun started; alone without it.
 
-    deterministic: PyTorch's deterministic kernels only, so that a run on CUDA can be repeated, and resumed, bit by bit (on the
-    same kind of GPU and versions); an operation that has none raises. A CPU needs no such setting. Not tried on a GPU yet.
+    threads: of the CPU; a tiny model runs faster, and the same everywhere, on one.
+    deterministic: PyTorch's deterministic kernels only, so that a run on CUDA can be repeated and
+    resumed bit for bit (same GPU model and versions). An operation without one raises.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = next(name for name in here if here[name]) if device == "auto" else device
-    if not here[device]:
-        raise Mistake(f"--device={device}: no such device is visible here; use --device=cpu or --device=auto.")
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        device = next(name for name in available if available[name])
+    if not available[device]:
+        raise UsageError(f"--device={device}: no such device is visible here; "
+                         "use --device=cpu or --device=auto.")
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts, which is later
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(f"--nproc_per_node is larger than the {torch.cuda.device_count()} "
+                             "GPUs of this machine; start one process per GPU.")
+        device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
     elif threads:
         torch.set_num_threads(threads)
+    device = torch.device(device)
     if world > 1 and not dist.is_initialized():
-        backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # ranks wait while rank 0 writes 7B models
-    return Process(rank, world, torch.device(device), dtype, parallel)
+        on_gpu = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=datetime.timedelta(hours=2),  # ranks wait while rank 0 writes a 7B model
+            device_id=device if on_gpu else None)
+    return Process(rank, world, device, dtype, parallel)
 
 
 def cleanup():
@@ -117,507 +145,661 @@ def cleanup():
         dist.destroy_process_group()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # loading and saving
 
 
-NOT_GIVEN = ("{}: is not on this machine and the hub did not give it ({}); check the id, the network and HF_HUB_OFFLINE, accept "
-             "a gated model's terms and run `hf auth login`, or name a local directory.")
+NOT_GIVEN = ("{}: is not on this machine and the hub did not give it ({}); check the id, the "
+             "network and HF_HUB_OFFLINE, accept a gated model's terms and run `hf auth login`, or "
+             "name a local directory.")
 
 
-def from_pretrained(auto, name, **options):
+def from_pretrained(auto, name: str, **options):
     repo, revision = configs.split_revision(name)
     try:
         return auto.from_pretrained(repo, revision=revision, trust_remote_code=False, **options)
     except Exception as e:  # transformers raises many kinds; each is one sentence here
-        why = f"{type(e).__name__}: {(str(e).strip() or '-').splitlines()[0]}"
-        raise Mistake(f"{name}: cannot be loaded ({why})." if os.path.isdir(repo) else NOT_GIVEN.format(name, why)) from None
+        reason = f"{type(e).__name__}: {(str(e).strip() or '-').splitlines()[0]}"
+        if os.path.isdir(repo):
+            raise UsageError(f"{name}: cannot be loaded ({reason}).") from None
+        raise UsageError(NOT_GIVEN.format(name, reason)) from None
 
 
-@configs.phase("loading")
-def load_model(name, proc):
-    """A causal language model in float32, dropout off. Safetensors only; no code of the repository is run."""
-    configs.check_digests(name)
-    turns = int(os.environ["LOCAL_WORLD_SIZE"]) if proc.sharded else 1
-    for turn in range(turns):  # one after another: a rank has the whole model in CPU memory while it cuts out its part
-        if turns == 1 or turn == int(os.environ["LOCAL_RANK"]):
-            lm = from_pretrained(transformers.AutoModelForCausalLM, name, dtype=torch.float32, use_safetensors=True)
-            lm = place(without_dropout(lm), proc)
-        proc.barrier()
-    return lm
-
-
-def place(lm, proc):
-    """On its device; with parallel=fsdp each process keeps its part of every decoder layer, and of the rest."""
-    if proc.sharded:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if proc.dtype == "bf16" else MixedPrecisionPolicy()
-        for module in [*(getattr(lm.get_decoder(), "layers", None) or lm.get_decoder().h), lm]:  # moved one by one
-            fully_shard(module, mesh=init_device_mesh(proc.device.type, (proc.world,)), mp_policy=policy)
-        lm.register_forward_hook(lambda root, *_: None if torch.is_grad_enabled() else root.reshard())  # no backward will
-    return lm.to(proc.device).eval()
-
-
-def load_tokenizer(name):
+def load_tokenizer(name: str):
     return from_pretrained(transformers.AutoTokenizer, name)
 
 
-def without_dropout(lm):
-    """Unlearning is trained without dropout; this holds in train() mode too, which activation checkpointing asks for."""
-    for m in lm.modules():
-        if isinstance(m, nn.Dropout):
-            m.p = 0.0
-        if isinstance(getattr(m, "attention_dropout", None), float):
-            m.attention_dropout = 0.0
+def load_model(name: str, proc: Process):
+    """A causal language model in float32, without dropout.
+
+    Safetensors only, and no code of the repository is run. `lm.row_limit`: see row_limit().
+    """
+    dtype = torch.bfloat16 if proc.dtype == "bf16_weights" else torch.float32
+    auto = transformers.AutoModelForCausalLM
+    with proc.clock.phase("loading"):
+        if proc.rank == 0:
+            rundir.check_digests(name)
+        # ranks take turns: each has the whole model in CPU memory before it is on its GPU
+        turns = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if proc.world > 1 else 1
+        for turn in range(turns):
+            if turn == int(os.environ.get("LOCAL_RANK", 0)) or turns == 1:
+                lm = from_pretrained(auto, name, dtype=dtype, use_safetensors=True)
+                lm = place(lm, proc)
+            proc.barrier()
+        lm.row_limit = row_limit(lm)
+    if lm.row_limit == 0:
+        proc.say(f"{name}: its attention takes no mask, so micro-batches are one example per "
+                 "forward")
     return lm
 
 
-def tiny_llama(tokenizer, proc, seed, hidden=64, layers=2, heads=4):
-    """A small random Llama (the demo's; 0.2 M parameters), the same for every process and number of threads."""
+def place(lm, proc: Process):
+    """Move a model to its device; with FSDP each rank keeps its shard of every decoder layer."""
+    remove_dropout(lm)
+    if proc.sharded:
+        policy = MixedPrecisionPolicy()
+        if proc.dtype == "bf16":
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        mesh = init_device_mesh(proc.device.type, (proc.world,))
+        decoder = lm.get_decoder()
+        layers = decoder.layers if hasattr(decoder, "layers") else decoder.h
+        for module in [*layers, lm]:  # moved to the device one by one
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        lm.register_forward_hook(reshard_without_grad)
+    return lm.to(proc.device).eval()
+
+
+def reshard_without_grad(lm, args, output):
+    """FSDP keeps the root's parameters gathered for a backward; without gradient none follows."""
+    if not torch.is_grad_enabled():
+        lm.reshard()
+
+
+def remove_dropout(lm):
+    """Unlearning trains without dropout, in train() mode too (activation checkpointing)."""
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def tiny_llama(tokenizer, proc: Process, seed: int, hidden=64, layers=2, heads=4):
+    """A small random Llama (the demo's, 0.2 M parameters), the same on every process."""
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        tie_word_embeddings=True, max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=4 * hidden,
+        num_hidden_layers=layers, num_attention_heads=heads, tie_word_embeddings=True,
+        max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return place(without_dropout(transformers.LlamaForCausalLM(config)), proc)
+        lm = place(transformers.LlamaForCausalLM(config), proc)
+    lm.row_limit = row_limit(lm)
+    return lm
 
 
-def tiny_gpt2(tokenizer, proc, seed, hidden=128, layers=4):
-    """A small random GPT-2 (0.4 M parameters) near the one of SimNPO's Markov chains: one head, a narrow ReLU MLP.
+def tiny_gpt2(tokenizer, proc: Process, seed: int, hidden=128, layers=4):
+    """A small random GPT-2 (0.4 M parameters) like that of SimNPO's Markov chains.
 
-    Theirs normalises after each block instead of before and has no projection after attention. Initial sizes are theirs,
-    PyTorch's own: with GPT-2's (0.02) a step of lr 5e-4 is several times as long, and damage comes in leaps.
+    One head and a narrow ReLU MLP. Theirs normalises after each block instead of before and has no
+    projection after attention. Initial sizes are theirs, PyTorch's own: with GPT-2's (0.02) a step
+    of lr 5e-4 is several times as long, and damage comes in leaps.
     """
     config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_embd=hidden, n_layer=layers, n_head=1, n_inner=hidden, n_positions=20,
-        activation_function="relu", tie_word_embeddings=False, initializer_range=(3 * hidden) ** -0.5,
-        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id)
+        vocab_size=len(tokenizer), n_embd=hidden, n_layer=layers, n_head=1, n_inner=hidden,
+        n_positions=20, activation_function="relu", tie_word_embeddings=False,
+        initializer_range=(3 * hidden) ** -0.5, bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        lm = without_dropout(transformers.GPT2LMHeadModel(config))
+        lm = transformers.GPT2LMHeadModel(config)
         lm.transformer.wte.reset_parameters()  # standard normal
         lm.transformer.wpe.reset_parameters()
-    return place(lm, proc)
+    lm = place(lm, proc)
+    lm.row_limit = row_limit(lm)
+    return lm
 
 
-class LoRA(nn.Module):
-    """A frozen linear layer plus a trained low-rank one: y = W x + 2 B A x, B = 0 at first. arXiv 2106.09685, alpha = 2 r."""
-
-    def __init__(self, base, rank):
-        super().__init__()
-        self.base = base
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device).normal_(std=1 / rank))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
-
-    def forward(self, x):
-        return self.base(x) + 2 * nn.functional.linear(nn.functional.linear(x, self.A), self.B)
+WHOLE = sharded_state.StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets it
 
 
-def add_lora(lm, rank, seed):
-    """Freeze the model and put an adapter on every linear layer but the output head."""
-    lm.requires_grad_(False)
-    head = lm.get_output_embeddings()
-    with torch.random.fork_rng(devices=[d for d in [lm.device] if d.type == "cuda"]):
-        torch.manual_seed(seed)
-        for parent in list(lm.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear) and child is not head and not isinstance(parent, LoRA):
-                    setattr(parent, name, LoRA(child, rank))
-    if not any(isinstance(m, LoRA) for m in lm.modules()):
-        raise Mistake(f"--lora_rank={rank}: the model has no linear layers (torch.nn.Linear) to adapt.")
+def save_model(lm, tokenizer, out: str, proc: Process | None = None):
+    """Write weights, config and tokenizer into `out`; a file gets its name only when complete.
 
-
-def merged(lm):
-    """The state dict of the plain model: adapters are added to the weights they belong to."""
-    adapters = {name: m for name, m in lm.named_modules() if isinstance(m, LoRA)}
-    if not adapters:
-        return None
-    state = {k.replace(".base.", "."): v for k, v in lm.state_dict().items() if not k.endswith((".A", ".B"))}
-    return state | {f"{k}.weight": (m.base.weight + 2 * m.B @ m.A).detach() for k, m in adapters.items()}
-
-
-def freeze(lm, pattern):
-    """Train only the parameters whose names match the regular expression."""
-    hits = [name for name, p in lm.named_parameters() if p.requires_grad and re.search(pattern, name)]
-    if not hits:
-        raise Mistake(f"--train_only={pattern}: no parameter's name matches; they look like "
-                      f"{', '.join(name for name, _ in list(lm.named_parameters())[1:3])}.")
-    for name, p in lm.named_parameters():
-        p.requires_grad_(name in hits)
-
-
-def adapt(lm, c):
-    """What is trained of a model: all of it, adapters, or the parameters that are named."""
-    if c.lora_rank:
-        add_lora(lm, c.lora_rank, c.seed)
-    if c.train_only:
-        freeze(lm, c.train_only)
-
-
-@torch.no_grad()
-def negate(lm, start, scale):
-    """Task vector (arXiv 2212.04089): weights = start - scale * (weights - start); start: the model they were trained from."""
-    proc = Process(0, 1, lm.device)
-    for p, q in zip(lm.parameters(), load_model(start, proc).parameters(), strict=True):
-        p.copy_(q - scale * (p - q))
-
-
-WHOLE = sharded_state.StateDictOptions(full_state_dict=True, cpu_offload=True)  # all ranks ask, rank 0 gets it
-
-
-@configs.phase("saving")
-def save_model(lm, tokenizer, out, proc=None):
-    """Write weights, config and tokenizer into `out`; files appear under their names only when they are complete.
-
-    All processes call it, and rank 0 writes.
+    All ranks call it, rank 0 writes.
     """
-    state = merged(lm)
+    state = merged_state(lm)
     if proc and proc.sharded:
-        once = {name for name, _ in lm.named_parameters()}  # what is tied is written once
-        state = {k: v for k, v in sharded_state.get_model_state_dict(lm, options=WHOLE).items() if k in once}
+        untied = {name for name, _ in lm.named_parameters()}  # tied weights are written once
+        whole = sharded_state.get_model_state_dict(lm, options=WHOLE)
+        state = {name: value for name, value in whole.items() if name in untied}
     if proc and proc.rank > 0:
         return
-    part = os.path.join(out, ".saving")
-    shutil.rmtree(part, ignore_errors=True)
+    unfinished = os.path.join(out, ".saving")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        lm.save_pretrained(part, state_dict=state)
-        tokenizer.save_pretrained(part)
-        for name in sorted(os.listdir(part), key=lambda n: n == "config.json"):  # config.json last: it marks a whole model
-            with open(os.path.join(part, name), "rb") as f:
+        lm.save_pretrained(unfinished, state_dict=state)
+        tokenizer.save_pretrained(unfinished)
+        # config.json last: it marks a whole model
+        for name in sorted(os.listdir(unfinished), key=lambda name: name == "config.json"):
+            with open(os.path.join(unfinished, name), "rb+") as f:
                 os.fsync(f.fileno())
-            os.replace(os.path.join(part, name), os.path.join(out, name))
-    except (OSError, safetensors.SafetensorError) as e:  # the latter has a full disk in its text only
-        raise Failure(f"{out}: the model could not be written ({getattr(e, 'strerror', None) or e}).") from None
+            os.replace(os.path.join(unfinished, name), os.path.join(out, name))
+    except (OSError, safetensors.SafetensorError) as e:  # the latter names a full disk in its text
+        reason = getattr(e, "strerror", None) or e
+        raise Failure(f"{out}: the model could not be written ({reason}).") from None
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def fingerprint(name):
-    """What tells one model from another: a hash of a directory's weights, or the hub's commit."""
+def fingerprint(name: str) -> str:
+    """What identifies a model: hashes of a directory's files, or the hub's commit."""
     if not os.path.isdir(name):
         repo, revision = configs.split_revision(name)
         try:
             path = transformers.utils.hub.cached_file(repo, "config.json", revision=revision)
         except OSError as e:
-            raise Mistake(NOT_GIVEN.format(name, str(e).splitlines()[0])) from None
+            raise UsageError(NOT_GIVEN.format(name, str(e).splitlines()[0])) from None
         return os.path.basename(os.path.dirname(path))
-    files = sorted(f for f in os.listdir(name) if f.endswith(".safetensors") or f.startswith(("tokenizer", "chat_template")) or
-                   f in ("config.json", "generation_config.json"))
-    return " ".join(configs.file_digest(os.path.join(name, f)) for f in files)
+    digests = []
+    for file in sorted(os.listdir(name)):
+        is_config = file in ("config.json", "generation_config.json")
+        is_tokenizer = file.startswith(("tokenizer", "chat_template"))
+        if file.endswith(".safetensors") or is_config or is_tokenizer:
+            digests.append(rundir.file_digest(os.path.join(name, file)))
+    return " ".join(digests)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# what a run writes of a model: checkpoints to go on from, the model at the end
+def save_checkpoint(run: rundir.RunDirectory, lm, optimizer, scheduler, step: int):
+    """Everything needed to resume. The previous checkpoint stays until this one is on disk."""
+    with run.proc.clock.phase("saving"):
+        lm_state, optimizer_state = sharded_state.get_state_dict(lm, optimizer, options=WHOLE)
+        state = {"step": step, "model": lm_state, "optimizer": optimizer_state,
+                 "scheduler": scheduler.state_dict()}
+        run.save_checkpoint(step, lambda file: torch.save(state, file))
 
 
-def memory_gb(device):
-    """Peak memory so far, in GB (10^9 bytes): of the GPU, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bfloat16 FLOP/s, data sheets
-
-
-def speed(lm, proc, examples, seconds):
-    """What a logged step says of itself: tokens a second, over all processes; peak memory; model FLOP utilisation (MFU).
-
-    mfu = FLOP of the step / (seconds * processes * PEAK), in bf16 on a GPU whose peak is known. A weight and token are 2 FLOP
-    forward, 2 backward, and 2 more where the weight is trained; the output head's count for the answers' tokens only. Attention
-    scores, a reference's forward and recomputed activations do not count, nor does padding; what several examples begin with
-    counts for each of them, though a row that holds them computes it once.
-    """
-    tokens, scored = sum(len(e.ids) for e in examples), sum(len(e.ids) - e.start for e in examples)
-    said = {"tokens_per_s": tokens / seconds, "memory_gb": memory_gb(proc.device)}
-    peak = next((flops for name, flops in PEAK.items() if name in (proc.gpu or "")), None)
-    if not peak or proc.dtype != "bf16":
-        return said
-    head, lookup = lm.get_output_embeddings().weight, lm.get_input_embeddings().weight
-    used = {p: tokens for p in lm.parameters() if p.ndim > 1 and p is not lookup} | {head: scored}  # by how many tokens
-    return said | {"mfu": sum((4 + 2 * p.requires_grad) * p.numel() * n for p, n in used.items()) / (seconds * proc.world * peak)}
-
-
-def memory_plan(name, c, proc, rows, second):
-    """{what: GB of a process} of a step with AdamW, told by shapes: no weight is loaded.
-
-    rows: its largest micro-batch; second: is a frozen model held too. Activations are what autograd keeps of a forward.
-    """
-    half, world, kept = c.dtype == "bf16", proc.world if proc.sharded else 1, []
-    ids, places, _, _, more = collate(rows, "cpu")
-    config = from_pretrained(transformers.AutoConfig, name)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # tensors without storage
-        dtype = torch.bfloat16 if half and proc.sharded else torch.float32
-        lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        adapt(lm, c)
-        shapes = {tuple(sorted(p.shape)) for p in lm.parameters()}  # weights and copies of them are counted below
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
-        with Process(0, 1, torch.device("cpu"), c.dtype).autocast(), hooks:
-            Scorer(lm)(ids, places, **more)
-        stored = [t.untyped_storage() for t in kept if tuple(sorted(t.shape)) not in shapes]
-    layers, (vocabulary, width) = config.get_text_config().num_hidden_layers, lm.get_output_embeddings().weight.shape
-    activations = sum({s._cdata: s.nbytes() for s in stored}.values())
-    if c.activation_checkpointing:  # one layer's, and every layer's input
-        activations = activations / layers + layers * ids.numel() * width * 4
-    every, trained = (sum(p.numel() for p in lm.parameters() if p.requires_grad >= least) for least in (False, True))
-    # autocast copies all weights during a forward; a sharded model gathers embeddings, head and three layers at a time
-    gathered = (4 - 2 * half) * (2 * vocabulary * width + 3 * every // layers) if proc.sharded else 2 * half * every
-    logits = (3 + 1.5 * second) * 4 * len(places) * vocabulary  # them, their log-probs and gradients, as measured
-    sizes = (4 * every * (1 + second) / world + gathered, 4 * trained / world, 8 * trained / world, activations, logits)
-    return dict(zip(("weights", "gradients", "optimizer", "activations", "logits"), (size / 1e9 for size in sizes)))
-
-
-def capacity_gb(proc):
-    """Memory of this process's GPU, or its part of this machine's."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return (torch.cuda.mem_get_info(proc.device)[1] if proc.device.type == "cuda" else machine) / 1e9
-
-
-@configs.phase("saving")
-def checkpoint(c, proc, scorer, optimizer, scheduler, step):
-    """Everything needed to go on, in <out>/checkpoint. The old one leaves only when the new one is whole and on disk."""
-    model, optimizer = sharded_state.get_state_dict(scorer, optimizer, options=WHOLE)
-    if proc.rank == 0:
-        new = os.path.join(c.out, configs.CHECKPOINTS[1])
-        try:
-            shutil.rmtree(new, ignore_errors=True)
-            os.makedirs(new)
-            path = os.path.join(new, "state.pt")
-            with open(path, "wb") as f:
-                torch.save({"step": step, "model": model, "optimizer": optimizer, "scheduler": scheduler.state_dict()}, f)
-                f.flush()
-                os.fsync(f.fileno())
-            configs.accept_checkpoint(c)
-        except (OSError, RuntimeError) as e:  # torch answers a full disk with a RuntimeError on top of its own
-            e = e.__context__ if isinstance(e.__context__, OSError) else e
-            shutil.rmtree(new, ignore_errors=True)
-            raise Failure(f"{c.out}: the checkpoint of step {step} could not be written ({str(e).splitlines()[0]}); the one "
-                          "before is untouched.") from None
-    proc.barrier()
-
-
-def restore(c, scorer, optimizer, scheduler):
-    """The step a run was saved at, its state loaded; 0 where there is no checkpoint."""
-    path = configs.find_checkpoint(c)
+def restore(run: rundir.RunDirectory, lm, optimizer, scheduler) -> int:
+    """Load the checkpoint and return its step; 0 without one."""
+    path = run.find_checkpoint()
     if path is None:
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # a rank reads its part only
-    sharded_state.set_state_dict(scorer, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=WHOLE)
+    # mmap: a rank reads its own shard only
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    sharded_state.set_state_dict(
+        lm, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+        options=WHOLE)
     scheduler.load_state_dict(state["scheduler"])
     return state["step"]
 
 
-def finish(c, proc, scorer, tokenizer, report=None):
-    """The model first, then what report() writes, then the mark that says so; only now is the checkpoint not needed."""
-    save_model(scorer.lm, tokenizer, c.out, proc)
-    if report:
-        report()
-    if proc.rank == 0:
-        configs.write(os.path.join(c.out, "run.json"), json.dumps(configs.describe(c, proc) | configs.summary(c), indent=1) + "\n")
-        configs.drop_checkpoints(c)
-    whole = configs.SECONDS.total()
-    proc.say(f"{whole:.0f} s: " + ", ".join(f"{k} {v / whole:.0%}" for k, v in configs.SECONDS.most_common(6)))
-    configs.SECONDS.clear()  # the next run of this process has its own
-    proc.barrier()
+# ------------------------------------------------------------------------------------------------
+# what is trained of a model
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# scores at the answer tokens
+class LoRA(nn.Module):
+    """A frozen linear layer plus a trained low-rank one: y = W x + 2 B A x. arXiv 2106.09685.
 
-
-class Scorer(nn.Module):
-    """A language model that computes logits where they are read, and nowhere else.
-
-    forward(ids (S, T), rows (n,)) -> logits (n, V), hidden: `rows` are flat positions s * T + t whose NEXT token is scored. The
-    output head sees only those hidden states, so prompts and padding cost no vocabulary-sized memory. A hook on the head
-    does it, because then every architecture's own forward (soft-capping, scaling, sharding) stays as it is.
-
-    Sequences are padded on the right and no mask is passed: under causal attention no real token sees the padding.
+    alpha = 2 r; A is initialised as in peft, B = 0.
     """
 
-    def __init__(self, lm):
+    def __init__(self, base: nn.Linear, rank: int):
         super().__init__()
-        self.lm, self.rows, self.hidden, self.layer, self.logits = lm, None, None, None, True
-        lm.get_output_embeddings().register_forward_pre_hook(self.pick)
+        self.base = base
+        options = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, **options))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **options))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
-    def pick(self, head, args):
-        if self.rows is not None:
-            return (args[0].flatten(0, 1)[self.rows if self.logits else self.rows[:0]],)  # (S, T, D) -> (n, D)
+    def forward(self, x):
+        return self.base(x) + 2 * nn.functional.linear(nn.functional.linear(x, self.A), self.B)
 
-    def watch(self, layer):
-        """Return that decoder layer's output at the answer tokens too (RMU)."""
-        layers = getattr(self.lm.get_decoder(), "layers", [])
-        if layer >= len(layers):
-            raise Mistake(f"--steering_layer={layer}: the model has {len(layers)} layers to steer, counted from 0.")
-        if self.layer is None:
-            self.layer = layer
-            layers[layer].register_forward_hook(self.keep)
 
-    def keep(self, layer, args, out):
-        if self.rows is not None:
-            out = out[0] if isinstance(out, tuple) else out
-            self.hidden = out.flatten(0, 1)[self.rows + 1]  # at the answer tokens themselves, not where they are predicted
+def add_lora(lm, rank: int, seed: int):
+    """Freeze the model and put an adapter on every linear layer but the output head."""
+    lm.requires_grad_(False)
+    head = lm.get_output_embeddings()
+    n_adapters = 0
+    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for parent in list(lm.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear) and child is not head:
+                    setattr(parent, name, LoRA(child, rank))
+                    n_adapters += 1
+    if n_adapters == 0:
+        raise UsageError(f"--lora_rank={rank}: the model has no linear layers (torch.nn.Linear) "
+                         "to adapt.")
 
-    def forward(self, ids, rows, logits=True, **more):
-        """logits=False: nobody reads them, the head is given no rows. more: masks and positions, of packed rows."""
-        self.rows, self.hidden, self.logits = rows, None, logits
-        try:
-            return self.lm(input_ids=ids, use_cache=False, **more).logits, self.hidden  # (n, V), (n, D) or None
-        finally:
-            self.rows = None
+
+def merged_state(lm) -> dict | None:
+    """The state dict of a plain model, adapters added to their weights; None without adapters."""
+    adapters = {name: m for name, m in lm.named_modules() if isinstance(m, LoRA)}
+    if not adapters:
+        return None
+    state = {}
+    for name, value in lm.state_dict().items():
+        if not name.endswith((".A", ".B")):
+            state[name.replace(".base.", ".")] = value
+    for name, adapter in adapters.items():
+        merged = adapter.base.weight + 2 * adapter.B @ adapter.A
+        state[f"{name}.weight"] = merged.detach()
+    return state
+
+
+def train_only(lm, pattern: str):
+    """Freeze all parameters but those whose names match the regular expression."""
+    for name, parameter in lm.named_parameters():
+        matches = parameter.requires_grad and re.search(pattern, name)
+        parameter.requires_grad_(bool(matches))
+    if not any(parameter.requires_grad for parameter in lm.parameters()):
+        names = [name for name, _ in lm.named_parameters()][1:3]
+        raise UsageError(f"--train_only={pattern}: no parameter's name matches; "
+                         f"they look like {', '.join(names)}.")
+
+
+def adapt(lm, c):
+    """Choose what is trained: all of the model, adapters, or the parameters that are named."""
+    if c.lora_rank:
+        add_lora(lm, c.lora_rank, c.seed)
+    if c.train_only:
+        train_only(lm, c.train_only)
+
+
+@torch.no_grad()
+def negate(lm, start: str, scale: float):
+    """Task vector (arXiv 2212.04089): weights = start - scale * (weights - start)."""
+    original = load_model(start, Process(0, 1, lm.device))
+    for p, q in zip(lm.parameters(), original.parameters(), strict=True):
+        p.copy_(q - scale * (p - q))
+
+
+# ------------------------------------------------------------------------------------------------
+# scores at the answer tokens
 
 
 @dataclasses.dataclass
 class Scores:
-    """What losses read of one group of answers. counts: tokens of each answer, a list of B ints."""
-    logits: torch.Tensor  # (n, V)
-    labels: torch.Tensor  # (n,)
-    counts: list
-    hidden: torch.Tensor | None = None  # (n, D) of the watched layer
-    alternate: "Scores | None" = None  # the same questions with another answer (DPO, IDK)
+    """What a loss may read of B answers with n tokens in all. ref: before unlearning."""
+    logits: torch.Tensor  # (n, V), at the tokens that predict the answers; (0, V) with hidden
+    labels: torch.Tensor  # (n,), the answers' tokens
+    lengths: list[int]  # B numbers, they sum to n
+    n_tokens: torch.Tensor  # (B,), the same numbers on the device
+    hidden: torch.Tensor | None = None  # (n, D), a layer's output at the answer tokens
+    ref_token_logps: torch.Tensor | None = None  # (n,)
+    ref: "Scores | None" = None  # logits and hidden states of a frozen reference model
 
     @functools.cached_property
-    def token_logps(self):
+    def token_logps(self) -> torch.Tensor:
         return losses.token_logps(self.logits, self.labels)  # (n,)
 
     @functools.cached_property
-    def logps(self):
-        """(B,) sums by answer; split, not scatter-add: its order of summation is fixed on a GPU too."""
-        return torch.stack([t.sum() for t in self.token_logps.split(self.counts)])
+    def logps(self) -> torch.Tensor:
+        return self.sum_per_answer(self.token_logps)  # (B,)
 
     @functools.cached_property
-    def n_tokens(self):
-        return torch.tensor(self.counts, device=self.logits.device, dtype=torch.float32)
+    def ref_logps(self) -> torch.Tensor:
+        return self.sum_per_answer(self.ref_token_logps)  # (B,)
+
+    def sum_per_answer(self, values: torch.Tensor) -> torch.Tensor:
+        # split, not scatter-add: the order of summation is fixed on a GPU too
+        return torch.stack([answer.sum() for answer in values.split(self.lengths)])
 
 
-def split(logits, hidden, labels, counts, sequences):
-    """{kind: Scores} of a micro-batch whose sequences are ordered by kind."""
-    scores, start = {}, 0
-    for kind in dict.fromkeys(kind for kind, _ in sequences):
-        own = [n for n, (k, _) in zip(counts, sequences) if k == kind]
-        rows = slice(start, start := start + sum(own))
-        scores[kind] = Scores(logits[rows], labels[rows], own, None if hidden is None else hidden[rows])
-    return paired(scores)
+def score(model, groups: list, device, layer: int | None = None, ref_model=None) -> Scores:
+    """The Scores of the examples of `groups`: one forward of one flat row (see flat_row).
 
+    The output head sees the answer tokens only. layer: return that decoder layer's output, and
+    compute no logits. model may be wrapped by DDP.
+    """
+    lm = getattr(model, "module", model)
+    examples = [example for group in groups for example in group]
+    row, (before, answer), n_tokens, mask = collate(groups, examples, device, lm)
+    if len(examples) > 1 and row.shape[-1] > lm.row_limit:
+        return score_one_by_one(model, examples, device, layer, ref_model)
 
-def paired(scores):
-    """A loss on forget answers finds the other answers to the same questions under .alternate."""
-    if "alternate" in scores:
-        scores.setdefault("forget", scores["alternate"]).alternate = scores["alternate"]
+    output = model(
+        input_ids=row[:1], position_ids=row[1:], attention_mask=mask, use_cache=False,
+        output_hidden_states=layer is not None,
+        logits_to_keep=before if layer is None else before[:0])
+    lengths = [example.n_answer for example in examples]
+    scores = Scores(output.logits[0], row[0, answer], lengths, n_tokens)
+    if layer is not None:
+        scores.hidden = output.hidden_states[layer + 1][0, answer]  # [0] are the embeddings
+    if examples[0].ref_logps is not None:
+        scores.ref_token_logps = torch.cat([example.ref_logps for example in examples])
+    if ref_model is not None:
+        with torch.no_grad():
+            scores.ref = score(ref_model, groups, device, layer)
     return scores
 
 
-PACKING = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "olmo2", "gpt_neox", "gpt2")  # tested, each of them
+def flat_row(groups: list[list[data.Example]]) -> tuple[list, list, list, list, list]:
+    """Groups back to back in one row, without padding: a prompt, its answers, the next prompt, ...
 
-
-def packs(config, layer=None):
-    """The hidden size of a model whose rows can hold several examples, for its attention takes any mask; else, or watched, 0."""
-    able = config.model_type in PACKING and config._attn_implementation in ("sdpa", None) and not getattr(config, "sliding_window", None)
-    return config.hidden_size if able and layer is None else 0
-
-
-def collate(rows, device, order=None):
-    """What Scorer.forward takes, and what is read of it, of rows of one example or of several (see data.tree).
-
-    Returns ids (S, T) padded right with 0; places (n,), labels (n,) and counts, of the examples in `order`, None = as they come;
-    and the masks and positions of rows with several: a token sees those that lead to it, and itself.
+    Returns lists (ids, positions, ends, before, answer). Token i attends to token j iff
+    j <= i < ends[j]: a prompt's tokens are seen by all its answers, an answer's only by itself.
+    answer: indices of the answer tokens of all examples in order; before: of the tokens before
+    them, which predict them.
     """
-    trees = [data.tree(row) for row in rows]
-    width = max(len(ids) for ids, _, _ in trees)
-    read = [([s * width + at for at in path], e.ids[e.start:]) for s, (row, (_, _, paths)) in enumerate(zip(rows, trees))
-            for path, e in zip(paths, row)]
-    read, more = [read[i] for i in order or range(len(read))], {}
-    if len(read) > len(rows):
-        at = torch.arange(width, device=device)
-        ends = torch.tensor([ends + list(range(len(ends) + 1, width + 1)) for _, ends, _ in trees], device=device)  # padding: itself
-        sees = (at <= at[:, None]) & (at[:, None] < ends[:, None])  # (S, T, T): may a token look at another
-        more = {"attention_mask": sees[:, None], "position_ids": sees.sum(-1) - 1}
-    ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _, _ in trees], device=device)
-    places, labels = (torch.tensor([x for pair in read for x in pair[k]], device=device) for k in (0, 1))
-    return ids, places, labels, [len(answer) for _, answer in read], more
+    ids, positions, ends, before, answer = [], [], [], [], []
+    for group in groups:
+        shared = data.shared_prefix(group)
+        first = len(ids)
+        ids += group[0].ids[:shared]
+        positions += range(shared)
+        ends += [first + data.row_tokens(group)] * shared
+        for example in group:
+            own = len(ids)
+            ids += example.ids[shared:]
+            positions += range(shared, len(example.ids))
+            ends += [len(ids)] * (len(ids) - own)
+            indices = [*range(first, first + shared), *range(own, len(ids))]
+            before += indices[example.start - 1:-1]
+            answer += indices[example.start:]
+    return ids, positions, ends, before, answer
+
+
+def collate(groups: list, examples: list, device, lm):
+    """(ids and positions (2, N), before and answer (2, n), n_tokens (B,), mask (1, 1, N, N))."""
+    ids, positions, ends, before, answer = flat_row(groups)
+    row = upload([ids, positions, ends], device)
+    indices = upload([before, answer], device)
+    n_tokens = upload([float(example.n_answer) for example in examples], device)
+    mask = None  # one example: causal, which a GPU's flash kernel serves without a mask
+    if len(examples) > 1:
+        at = torch.arange(len(ids), device=device)
+        mask = (at <= at[:, None]) & (at[:, None] < row[2])  # (N, N): i attends to j
+        if lm.config._attn_implementation == "eager":  # adds its mask to the attention scores
+            lowest = torch.finfo(lm.dtype).min
+            mask = torch.zeros_like(mask, dtype=lm.dtype).masked_fill(~mask, lowest)
+        mask = mask[None, None]
+    return row[:2], indices, n_tokens, mask
+
+
+def upload(values, device) -> torch.Tensor:
+    """A list or tensor on the device, without waiting for the work that is queued there."""
+    tensor = torch.as_tensor(values)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def score_one_by_one(model, examples: list, *options) -> Scores:
+    """The Scores of several examples, each in a forward of its own."""
+    several = [score(model, [[example]], *options) for example in examples]
+    return join(several)
+
+
+def join(several: list[Scores]) -> Scores:
+    joined = {"lengths": [length for scores in several for length in scores.lengths]}
+    for name in ("logits", "labels", "n_tokens", "hidden", "ref_token_logps"):
+        values = [getattr(scores, name) for scores in several]
+        joined[name] = None if values[0] is None else torch.cat(values)
+    if several[0].ref is not None:
+        joined["ref"] = join([scores.ref for scores in several])
+    return Scores(**joined)
 
 
 @torch.no_grad()
-def score(scorer, examples, proc, budget, read=lambda *both: losses.token_logps(*both)[:, None], title=None):
-    """[array (T_i, k)] an example: what `read(logits (n, V), labels (n,)) -> (n, k)` says of each of its answer tokens.
+def row_limit(lm) -> float:
+    """The longest row in which this model can score several examples; 0 = one example per forward.
 
-    Neighbours with the same prompt, as a question's answers are, up to eight, share a row where that pays. Whole batches are dealt
-    to ranks, so nothing depends on the number of processes.
+    Two short examples are scored alone and in one row. A model whose attention ignores our mask, or
+    whose state crosses it, gives other logits. The mask knows no sliding window either, so a row
+    may not be longer than that.
     """
-    hidden, mine = packs(scorer.lm.config, scorer.layer), {}
-    prompts = [tuple(e.ids[:e.start]) if hidden and e.start >= 8 else i for i, e in enumerate(examples)]
-    alike = [list(group) for _, group in itertools.groupby(range(len(examples)), prompts.__getitem__)]
-    groups = [group[k:k + 8] for group in alike for k in range(0, len(group), 8)]
-    batches = [rows for rows, in data.deal(groups, examples, budget, 1, hidden)]
-    for batch in tqdm(proc.share(batches), desc=title, disable=proc.rank > 0 or not title or None, leave=False):
-        ids, places, labels, counts, more = collate([[examples[i] for i in row] for row in batch], proc.device)
+    vocabulary = lm.get_input_embeddings().num_embeddings
+    ids = [i % vocabulary for i in range(3, 15)]
+    examples = [data.Example(ids[:5], 1), data.Example(ids[5:], 1)]
+    device = lm.device
+    lm.row_limit = 0
+    alone = score_one_by_one(lm, examples, device).logits
+    lm.row_limit = math.inf
+    try:
+        together = score(lm, [[example] for example in examples], device).logits
+    except (ValueError, RuntimeError, TypeError):  # a model that takes no mask or no positions
+        return 0
+    # a sharded bf16 model rounds to three digits
+    tolerance = 1e-3 if alone.dtype == torch.float32 else 0.05 * alone.abs().max()
+    if (alone - together).abs().max() > tolerance:
+        return 0
+    config = lm.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "window_size")]
+    return min([window for window in windows if window], default=math.inf)
+
+
+def log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return losses.token_logps(logits, labels)[:, None]  # (n, 1)
+
+
+@torch.no_grad()
+def token_scores(lm, groups: list, proc: Process, max_tokens: int, measure: Callable = log_probs,
+                 title: str | None = None) -> list[list]:
+    """[[array (T_i, k) per example] per group]: `measure` at each answer token, on every rank.
+
+    measure(logits (n, V), labels (n,)) -> (n, k). Whole micro-batches are shared out to the ranks,
+    so the values do not depend on the number of processes.
+    """
+    rows = []  # (index of its group, examples): a group that exceeds the limit is scored in parts
+    for i, group in enumerate(groups):
+        fits = data.row_tokens(group) <= lm.row_limit
+        rows += [(i, group)] if fits else [(i, [example]) for example in group]
+    sizes = [data.row_tokens(examples) for _, examples in rows]
+    mine = {}
+    cuts = data.cut(sizes, min(max_tokens, lm.row_limit))
+    for indices in proc.progress(proc.share(cuts), title):
         with proc.autocast():
-            logits, _ = scorer(ids, places, **more)
-        values = read(logits, labels).double().cpu().split(counts)
-        mine |= {i: v.numpy() for i, v in zip((i for row in batch for i in row), values)}
-    merged = {i: v for part in proc.gather(mine) for i, v in part.items()}
-    return [merged[i] for i in range(len(examples))]
+            scores = score(lm, [rows[k][1] for k in indices], proc.device)
+            values = measure(scores.logits, scores.labels)
+        arrays = iter(values.double().cpu().split(scores.lengths))
+        for k in indices:
+            mine[k] = [next(arrays).numpy() for _ in rows[k][1]]
+    found = {}
+    for some in proc.gather(mine):
+        found.update(some)
+    per_group = [[] for _ in groups]
+    for k, (i, _) in enumerate(rows):
+        per_group[i] += found[k]
+    return per_group
 
 
-def stop_ids(lm, tokenizer):
-    """Every id that ends an answer: the tokenizer's EOS and what the model's generation settings add."""
+# ------------------------------------------------------------------------------------------------
+# greedy answers
+
+
+def stop_ids(lm, tokenizer) -> list[int]:
+    """Every id that ends an answer: the tokenizer's EOS and those of the generation settings."""
     more = getattr(lm.generation_config, "eos_token_id", None)
-    return sorted({tokenizer.eos_token_id, *(more if isinstance(more, (list, tuple)) else [more])} - {None})
+    more = more if isinstance(more, (list, tuple)) else [more]
+    return sorted({tokenizer.eos_token_id, *more} - {None})
 
 
-@configs.phase("answering")
 @torch.no_grad()
-def generate(lm, tokenizer, prompts, max_new_tokens, proc, budget, title=None, begun=None):
-    """Greedy continuations, as text, of prompts (lists of ids): batched, equal to one at a time.
+def generate(lm, tokenizer, prompts: list, max_new_tokens: int, proc: Process, max_tokens: int,
+             title: str | None = None, known: list | None = None) -> list[str]:
+    """Greedy answers, as text, to prompts (lists of ids): batched, equal to one at a time.
 
-    begun: what each is known to begin with, lists of ids; only the rest is computed. Whole batches are dealt to ranks; the last
-    quarter of each waits for that of the others, for few rows take nearly as long as many.
+    known: the ids that each answer is known to begin with; only the rest is computed. Whole batches
+    are shared out to the ranks.
     """
     stop = stop_ids(lm, tokenizer)
-    new = [ids[:next((k for k, t in enumerate(ids[:max_new_tokens], 1) if t in stop), max_new_tokens)] for ids in begun or [[]] * len(prompts)]
-    shared = len(same) if packs(lm.config) and len(same := os.path.commonprefix([p[:-1] for p in prompts])) >= 16 else 0
-    while todo := [i for i, ids in enumerate(new) if len(ids) < max_new_tokens and not {*ids[-1:]} & {*stop}]:
-        sizes, mine = [(1, len(prompts[i] + new[i]) + max_new_tokens) for i in todo], {}
-        batches = [[todo[k] for k in batch] for batch in data.cut(sizes, budget)]
-        for batch in tqdm(proc.share(batches), desc=title, disable=proc.rank > 0 or not title or None, leave=False):
-            few, rest = len(batch) // 4 if len(batches) > 1 else 0, [max_new_tokens - len(new[i]) for i in batch]
+    answers = [end_at(ids[:max_new_tokens], stop) for ids in known or [[]] * len(prompts)]
+    unfinished = []
+    for i, ids in enumerate(answers):
+        if len(ids) < max_new_tokens and not (ids and ids[-1] in stop):
+            unfinished.append(i)
+    sizes = [len(prompts[i]) + max_new_tokens for i in unfinished]
+    n_shared = shared_length(prompts, lm.row_limit)
+    mine = {}
+    with proc.clock.phase("answering"):
+        for batch in proc.progress(proc.share(data.cut(sizes, max_tokens)), title):
+            indices = [unfinished[k] for k in batch]
+            begun = [prompts[i] + answers[i] for i in indices]
+            limits = [max_new_tokens - len(answers[i]) for i in indices]
             with proc.autocast():
-                mine |= dict(zip(batch, continue_batch(lm, [prompts[i] + new[i] for i in batch], rest, stop, proc, shared, few)))
-        for i, ids in {i: ids for part in proc.gather(mine) for i, ids in part.items()}.items():
-            new[i] += ids
-    return tokenizer.batch_decode(new, skip_special_tokens=True)
+                new = continue_prompts(lm, begun, limits, stop, proc, n_shared)
+            mine.update(zip(indices, new))
+        for part in proc.gather(mine):
+            for i, ids in part.items():
+                answers[i] = answers[i] + ids
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
-def continue_batch(lm, prompts, limits, stop, proc, shared=0, few=0):
-    """[new ids] a prompt, at most its limit, up to and including the first id in `stop`; or until `few` rows are left unfinished.
+def end_at(ids: list, stop: list) -> list:
+    """The ids up to and including the first stop id."""
+    for n, token in enumerate(ids, 1):
+        if token in stop:
+            return ids[:n]
+    return ids
 
-    The first `shared` ids, the same in all prompts, are computed once; padding, masked out, comes after them. Finished rows leave
-    the batch.
+
+def shared_length(prompts: list, limit: float) -> int:
+    """The length of what all prompts begin with, as MUSE's do with ten answered questions.
+
+    It is computed once per batch, where it is long enough to pay and fits a sliding window.
+    """
+    n_shared = len(os.path.commonprefix([ids[:-1] for ids in prompts]))
+    longest = max((len(ids) for ids in prompts), default=0)
+    return n_shared if n_shared >= 16 and longest <= limit else 0
+
+
+def continue_prompts(lm, prompts: list, limits: list, stop: list, proc: Process,
+                     n_shared: int = 0) -> list[list[int]]:
+    """Greedy ids for each prompt: at most its limit, up to and including the first id in `stop`.
+
+    The first n_shared ids, the same in all prompts, are computed once. Padding stands behind them
+    and is masked. Finished prompts leave the batch.
     """
     width, device = max(map(len, prompts)), proc.device
-    ids = torch.tensor([[0] * (width - len(p)) + p[shared:] for p in prompts], device=device)  # (S, T)
-    mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * (len(p) - shared) for p in prompts], device=device)
-    position = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
+    ids, mask = [], []
+    for prompt in prompts:
+        padding = [0] * (width - len(prompt))
+        ids.append(padding + prompt[n_shared:])
+        mask.append([1] * n_shared + padding + [1] * (len(prompt) - n_shared))
+    ids, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)  # (S, T)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, n_shared:]
     cache = transformers.DynamicCache(config=lm.config)
-    kept = {"cache" if "cache" in inspect.signature(lm.forward).parameters else "past_key_values": cache}  # its old name
-    if shared:
-        lm(input_ids=torch.tensor([prompts[0][:shared]], device=device), use_cache=True, logits_to_keep=1, **kept)
+    takes_cache = "cache" in inspect.signature(lm.forward).parameters  # its name since 5.24
+    options = {"use_cache": True, "logits_to_keep": 1,
+               "cache" if takes_cache else "past_key_values": cache}
+    if n_shared:
+        lm(input_ids=torch.tensor([prompts[0][:n_shared]], device=device), **options)
         cache.batch_repeat_interleave(len(prompts))
-    rows, new = list(range(len(prompts))), [[] for _ in prompts]  # rows: which prompt each row of the batch is
+
+    answers = [[] for _ in prompts]
+    active = list(range(len(prompts)))  # the prompt of each sequence in the batch
     while True:
-        out = lm(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1, **kept)
+        out = lm(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
         ids = out.logits[:, -1].argmax(-1)  # (S,)
-        for row, token in zip(rows, ids.tolist()):
-            new[row].append(token)
-        stay = [k for k, row in enumerate(rows) if new[row][-1] not in stop and len(new[row]) < limits[row]]
-        rows = [rows[k] for k in stay]
-        if not any(proc.gather(len(rows) > few) if proc.sharded else [len(rows) > few]):  # the ranks of a sharded model end together
-            break
+        for i, token in zip(active, ids.tolist()):
+            answers[i].append(token)
+        stay = []
+        for k, i in enumerate(active):
+            if answers[i][-1] not in stop and len(answers[i]) < limits[i]:
+                stay.append(k)
+        active = [active[k] for k in stay]
+        # the ranks of a sharded model end together: a finished one goes along with one sequence
+        if not (any(proc.gather(bool(active))) if proc.sharded else active):
+            return answers
         if len(stay) < len(ids):
-            keep = torch.tensor(stay or [0], device=device)  # whoever is done only goes along
+            keep = torch.tensor(stay or [0], device=device)
             cache.batch_select_indices(keep)
-            ids, mask, position = ids[keep], mask[keep], position[keep]
+            ids, mask, positions = ids[keep], mask[keep], positions[keep]
         ids = ids[:, None]
         mask = torch.cat([mask, mask.new_ones(len(ids), 1)], 1)
-        position = position[:, -1:] + bool(rows)
-    return new
+        positions = positions[:, -1:] + bool(active)
+
+
+# ------------------------------------------------------------------------------------------------
+# speed and memory
+
+
+# dense bfloat16 FLOP/s, from the data sheets
+PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory so far in GB (10^9 bytes), of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource  # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def speed(lm, proc: Process, examples: list, seconds: float) -> dict:
+    """Throughput (tokens/s over all processes), peak memory, and model FLOP utilisation of a step.
+
+    mfu = FLOP / (seconds * processes * PEAK), in bf16 on a GPU of PEAK. FLOP per weight and token:
+    2 forward, 2 backward, 2 more where the weight is trained; the output head's for answer tokens
+    only. Attention scores, reference forwards and recomputed activations do not count.
+    """
+    n_tokens = sum(len(example.ids) for example in examples)
+    n_answer = sum(example.n_answer for example in examples)
+    measured = {"tokens_per_s": n_tokens / seconds, "memory_gb": memory_gb(proc.device)}
+    peaks = [flops for name, flops in PEAK.items() if name in (proc.gpu or "")]
+    if not peaks or proc.dtype == "fp32":
+        return measured
+    head = lm.get_output_embeddings().weight
+    embeddings = lm.get_input_embeddings().weight
+    flops = 0
+    for weight in lm.parameters():
+        if weight.ndim < 2 or (weight is embeddings and weight is not head):
+            continue
+        n = n_answer if weight is head else n_tokens
+        flops += (4 + 2 * weight.requires_grad) * weight.numel() * n
+    return measured | {"mfu": flops / (seconds * proc.world * peaks[0])}
+
+
+def memory_plan(name: str, c, proc: Process, groups: list, with_ref_model: bool) -> dict:
+    """Estimated GB per process of an AdamW step, by category, from shapes only.
+
+    groups: the largest micro-batch. Activations are what autograd keeps of a Llama layer per token:
+    of two norms the input, the normalised value in float32 and the output; q, k, v and twice the
+    attention's output; of the MLP gate, its activation, up and their product.
+    """
+    config = from_pretrained(transformers.AutoConfig, name)
+    with torch.device("meta"):  # tensors without storage
+        lm = transformers.AutoModelForCausalLM.from_config(config)
+    adapt(lm, c)
+    every = sum(p.numel() for p in lm.parameters())
+    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    vocabulary, hidden = lm.get_output_embeddings().weight.shape
+    config = config.get_text_config()
+    layers = config.num_hidden_layers
+    mlp = getattr(config, "intermediate_size", None) or 4 * hidden
+    n_tokens = sum(data.row_tokens(group) for group in groups)
+    n_answer = sum(example.n_answer for group in groups for example in group)
+
+    # bytes per number: of weights and gradients, of matrix products, of the residual stream
+    weight = 2 if c.dtype == "bf16_weights" else 4
+    product = 4 if c.dtype == "fp32" else 2
+    residual = 2 if product == 2 and (proc.sharded or weight == 2) else 4
+    layer = 2 * (residual + 4 + product) * hidden + product * (5 * hidden + 4 * mlp)
+    activations = n_tokens * layers * layer
+    if c.activation_checkpointing:  # one layer's, and every layer's input
+        activations = n_tokens * (layer + layers * residual * hidden)
+    shards = proc.world if proc.sharded else 1
+    if proc.sharded:  # embeddings, head and three layers are gathered at a time
+        working = product * (2 * vocabulary * hidden + 3 * every // layers)
+    else:  # autocast copies all weights in a forward
+        working = 2 * every if c.dtype == "bf16" else 0
+    # logits, log-probs and gradients, as measured; a reference's are kept beside them
+    logits = (3 + 1.5 * with_ref_model) * 4 * n_answer * vocabulary
+    sizes = {
+        "weights": weight * every * (1 + with_ref_model) / shards + working,
+        "gradients": weight * trained / shards,
+        "optimizer": 2 * weight * trained / shards,
+        "activations": activations,
+        "logits": logits,
+    }
+    return {category: size / 1e9 for category, size in sizes.items()}
+
+
+def capacity_gb(proc: Process) -> float:
+    """Memory of this process's GPU, or its part of this machine's."""
+    if proc.device.type == "cuda":
+        return torch.cuda.mem_get_info(proc.device)[1] / 1e9
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 1e9

@@ -1,22 +1,23 @@
 """Make a language model behave as if it never saw a forget set, and keep what a retain set holds.
 
-    python unlearn.py                                               # the demo: CPU, no download, about two minutes
-    python unlearn.py configs/tofu_1b.py --subset=forget05 --forget_loss=npo --beta=0.1 --forget_weight=1
-    torchrun --nproc_per_node=8 unlearn.py configs/tofu_7b.py       # the same steps, data and result on eight GPUs
+    python unlearn.py                                           # the demo: CPU, no download
+    python unlearn.py configs/tofu_1b.py --forget_loss=npo --beta=0.1 --forget_weight=1
+    torchrun --nproc_per_node=8 unlearn.py configs/tofu_7b.py   # the same steps on eight GPUs
 
-A step takes batch_size forget and as many retain examples; loss = forget_weight * forget_loss + retain_weight * retain_loss.
+A step takes batch_size forget and as many retain examples. Its loss is
+forget_weight * forget_loss + retain_weight * retain_loss, each a mean over the whole batch.
 Settings: a config file of plain assignments, then --key=value; later words win.
 """
 import copy
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
-import random
 import re
 import time
-from types import SimpleNamespace
-from typing import Callable, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 import transformers
@@ -28,470 +29,711 @@ import data
 import evaluate
 import losses
 import model as models
-from configs import Failure, Mistake
+from configs import Failure, UsageError, rundir
+
+# ------------------------------------------------------------------------------------------------
+# methods: the only place where a name meets tensors and settings
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(evaluate.Config):
-    # method
-    forget_loss: str = "simnpo"  # a line of the table FORGET below
+class Loss:
+    """fn(s, c) -> one value per token (n,) or per answer (B,); s = models.Scores, c = Config.
+
+    needs: what fn reads of the model before unlearning. ref_logps (s.ref_logps) are computed once;
+        a ref_model (s.ref) is a frozen copy in memory.
+    answers: which answers a forget group holds. both: the question's own, then an alternate one.
+    hidden: fn reads s.hidden, the output of --steering_layer, and no logits.
+    after(lm, c): done to the trained model before it is scored and saved.
+    """
+    fn: Callable
+    per: Literal["token", "answer"]
+    needs: Literal["", "ref_logps", "ref_model"] = ""
+    answers: Literal["own", "alternate", "both"] = "own"
+    hidden: bool = False
+    after: Callable | None = None
+
+    def count(self, groups: list) -> int:
+        """What a batch's sum is divided by: its answers, or its answer tokens, on all GPUs."""
+        if self.per == "answer":
+            return len(groups)
+        return sum(example.n_answer for group in groups for example in group)
+
+
+def dpo(s, c):
+    """Own and alternate answers take turns in s: the alternates win, the own answers lose."""
+    win, ref_win = s.logps[1::2], s.ref_logps[1::2]
+    lose, ref_lose = s.logps[0::2], s.ref_logps[0::2]
+    return losses.dpo(win, ref_win, lose, ref_lose, c.beta)
+
+
+def npo_mean(s, c):
+    """NPO of log-probs divided by length: a sum over MUSE's 2048 tokens saturates the sigmoid."""
+    return losses.npo(s.logps / s.n_tokens, s.ref_logps / s.n_tokens, c.beta)
+
+
+def rmu(s, c):
+    """RMU's target is one random direction with positive entries, the same on every rank."""
+    direction = torch.rand(s.hidden.shape[-1], generator=torch.Generator().manual_seed(c.seed))
+    steering = c.steering_scale * direction / direction.norm()
+    return losses.rmu(s.hidden, models.upload(steering, s.hidden.device))
+
+
+FORGET = {
+    "ga": Loss(lambda s, c: losses.ga(s.token_logps), "token"),
+    "nll": Loss(lambda s, c: losses.nll(s.token_logps), "token"),  # fine-tuning, relearning
+    "npo": Loss(lambda s, c: losses.npo(s.logps, s.ref_logps, c.beta), "answer", "ref_logps"),
+    "simnpo": Loss(lambda s, c: losses.simnpo(s.logps, s.n_tokens, c.beta, c.gamma), "answer"),
+    "idk": Loss(lambda s, c: losses.nll(s.token_logps), "token", answers="alternate"),
+    "dpo": Loss(dpo, "answer", "ref_logps", answers="both"),
+    "altpo": Loss(dpo, "answer", "ref_logps", answers="both"),
+    "wga": Loss(lambda s, c: losses.wga(s.token_logps, c.beta), "token"),
+    "satimp": Loss(lambda s, c: losses.satimp(s.token_logps, c.beta1, c.beta2), "token"),
+    "tnpo": Loss(lambda s, c: losses.tnpo(s.token_logps, s.ref_token_logps, c.beta),
+                 "token", "ref_logps"),
+    "wtnpo": Loss(lambda s, c: losses.wtnpo(s.token_logps, s.ref_token_logps, c.beta, c.alpha),
+                  "token", "ref_logps"),
+    "ceu": Loss(lambda s, c: losses.ceu(s.logits, s.labels), "token"),
+    "undial": Loss(lambda s, c: losses.undial(s.logits, s.ref.logits, s.labels, c.beta),
+                   "token", "ref_model"),
+    "max_entropy": Loss(lambda s, c: losses.max_entropy(s.logits), "token"),
+    "logit_margin": Loss(lambda s, c: losses.logit_margin(s.logits), "token"),
+    "rmu": Loss(rmu, "token", hidden=True),
+    "task_vector": Loss(lambda s, c: losses.nll(s.token_logps), "token",
+                        after=lambda lm, c: models.negate(lm, c.model, c.task_vector_scale)),
+    "npo_mean": Loss(npo_mean, "answer", "ref_logps"),
+    # on raw logits: what the published MUSE numbers were made with
+    "muse_npo": Loss(lambda s, c: losses.muse_npo(s.logits, s.ref.logits, c.beta),
+                     "token", "ref_model"),
+    "muse_simnpo": Loss(lambda s, c: losses.muse_simnpo(s.logits, c.beta, c.gamma), "token"),
+}
+RETAIN = {
+    "nll": Loss(lambda s, c: losses.nll(s.token_logps), "token"),
+    "kl": Loss(lambda s, c: losses.kl(s.logits, s.ref.logits), "token", "ref_model"),
+    "rmu": Loss(lambda s, c: losses.rmu(s.hidden, s.ref.hidden), "token", "ref_model",
+                hidden=True),
+    "muse_kl": Loss(lambda s, c: losses.muse_kl(s.logits, s.ref.logits), "token", "ref_model"),
+    "none": None,
+}
+
+
+def loss_terms(c) -> dict:
+    """{"forget": Loss, "retain": Loss} of a run; no "retain" with --retain_loss=none."""
+    terms = {"forget": FORGET[c.forget_loss], "retain": RETAIN[c.retain_loss]}
+    return {kind: term for kind, term in terms.items() if term}
+
+
+# ------------------------------------------------------------------------------------------------
+# the loop
+
+
+def train(c, proc, lm, groups, evaluate=None, run=None, title=None):
+    """Train `lm` in place and return the rows of the log, which go to <out>/log.jsonl as well.
+
+    groups: {"forget": [group], "retain": [group]}; a group is a list of examples with one prompt
+    (see model.flat_row). evaluate(step, epoch) -> {score: value} is called when scores are due; it
+    must not touch the training, nor draw a random number that training uses.
+    """
+    run = run or rundir.RunDirectory(c, proc)
+    terms = loss_terms(c)
+    weights = {"forget": c.forget_weight, "retain": c.retain_weight}
+    groups = {kind: groups[kind] for kind in terms}
+    steps = n_steps(c, len(groups["forget"]))
+    steps_per_epoch = len(groups["forget"]) / c.batch_size
+
+    # model, optimizer, reference
+    models.adapt(lm, c)
+    trained = [p for p in lm.parameters() if p.requires_grad]
+    optimizer = make_optimizer(lm, c)
+    scheduler = make_scheduler(optimizer, c, steps)
+    ref_model = prepare_reference(lm, groups, terms, c, proc)
+    model = wrap_model(lm, terms, c, proc)
+    is_ddp = isinstance(model, DistributedDataParallel)
+    max_tokens = min(c.micro_batch_tokens, lm.row_limit)
+    layer = {kind: c.steering_layer if terms[kind].hidden else None for kind in terms}
+    one_kind = proc.sharded and must_take_turns(lm, terms)
+
+    # resume: batches depend on (seed, epoch) alone, so it is enough to skip those that are done
+    done = models.restore(run, lm, optimizer, scheduler) if c.resume else 0
+    run.open_log(done)
+    if evaluate and done == 0:
+        run.log({"step": 0, "epoch": 0.0, **evaluate(0, 0.0)})
+    batches = data.make_batches(groups, c.batch_size, steps, c.seed, c.shuffle)
+    score_steps = steps_due(c.eval_every, c.eval_at, steps, steps_per_epoch) if evaluate else ()
+    save_steps = steps_due(c.save_every, (), steps, steps_per_epoch)
+    bar = tqdm(range(done + 1, steps + 1), title or c.forget_loss, steps, initial=done,
+               disable=proc.rank > 0 or None)
+
+    for step in bar:
+        started = time.perf_counter()
+        batch = batches[step - 1]
+        counts = {kind: terms[kind].count(batch[kind]) for kind in batch}
+        micro_batches = data.micro_batches(batch, max_tokens, proc.rank, proc.world, one_kind)
+
+        # forward and backward: a micro-batch is of one kind and adds its share of the batch's mean
+        totals = {kind: torch.zeros(1, device=proc.device) for kind in weights}
+        with proc.autocast():  # once per step: the casts of the weights are shared
+            for i, (kind, some, share) in enumerate(micro_batches):
+                if is_ddp:  # all-reduce gradients in the last backward only
+                    model.require_backward_grad_sync = i == len(micro_batches) - 1
+                reference = ref_model if terms[kind].needs == "ref_model" else None
+                scores = models.score(model, some, proc.device, layer[kind], reference)
+                loss = share * terms[kind].fn(scores, c).sum() / counts[kind]
+                # times world: DDP and FSDP average gradients over ranks, and we need their sum
+                (proc.world * weights[kind] * loss).backward()
+                totals[kind] += loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, c.grad_clip or math.inf)
+        if proc.sharded:
+            grad_norm = grad_norm.full_tensor()
+
+        # the step's one host sync; a step that is not finite is not applied
+        sums = torch.cat([totals["forget"], totals["retain"]])
+        if proc.world > 1:
+            torch.distributed.all_reduce(sums)
+        forget_loss, retain_loss, grad_norm = torch.cat([sums, grad_norm[None]]).tolist()
+        check_finite(step, forget_loss, retain_loss, grad_norm, batch, groups, c)
+        lr = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=not is_ddp)  # DDP's gradients live in its buckets
+
+        # log, score, save
+        at = {"step": step, "epoch": step / steps_per_epoch}
+        loss = c.forget_weight * forget_loss + c.retain_weight * retain_loss
+        examples = [e for kind in batch for group in batch[kind] for e in group]
+        speed = models.speed(lm, proc, examples, time.perf_counter() - started)
+        run.log({**at, "loss": loss, "forget_loss": forget_loss, "retain_loss": retain_loss,
+                 "lr": lr, "grad_norm": grad_norm, **speed})
+        bar.set_postfix(forget=f"{forget_loss:.3f}", retain=f"{retain_loss:.3f}", refresh=False)
+        if step in score_steps:
+            run.log({**at, **evaluate(step, at["epoch"])})
+        if step < steps and (step in save_steps or run.must_save):
+            models.save_checkpoint(run, lm, optimizer, scheduler, step)
+        if step < steps and run.interrupted:
+            raise run.stop(step, steps)
+    lm.eval()
+    return run.rows
+
+
+def n_steps(c, n_forget: int) -> int:
+    """Full batches only; a forget set smaller than one batch is an error, not an empty run."""
+    steps = c.steps or int(c.epochs * n_forget) // c.batch_size
+    if steps == 0:
+        raise UsageError(
+            f"0 optimizer steps: {c.epochs:g} epochs of {n_forget} examples make no batch of "
+            f"{c.batch_size}; lower --batch_size or raise --epochs.")
+    return steps
+
+
+def steps_due(every: float, at: tuple, steps: int, steps_per_epoch: float) -> set:
+    """The steps after which something is due: `at`, else every so many epochs; and the last."""
+    if at:
+        return {*at, steps}
+    if every == 0:
+        return set()
+    interval = every * steps_per_epoch  # in steps
+    if interval <= 1:
+        return set(range(1, steps + 1))
+    due = {steps}
+    for step in range(1, steps):
+        if math.floor(step / interval + 1e-9) > math.floor((step - 1) / interval + 1e-9):
+            due.add(step)
+    return due
+
+
+def make_optimizer(lm, c):
+    """AdamW; weight decay on matrices only."""
+    trained = [p for p in lm.parameters() if p.requires_grad]
+    parameter_groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": c.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = lm.device.type != "mps"
+    return torch.optim.AdamW(parameter_groups, lr=c.lr, betas=(0.9, c.adam_beta2), fused=fused)
+
+
+def make_scheduler(optimizer, c, steps: int):
+    name = "constant_with_warmup" if c.schedule == "constant" else c.schedule
+    warmup = warmup_steps(c, steps)
+    return transformers.get_scheduler(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+def warmup_steps(c, steps: int) -> int:
+    return math.floor(c.warmup * steps + 1e-9)
+
+
+def prepare_reference(lm, groups: dict, terms: dict, c, proc):
+    """Keep what the losses read of the model before unlearning; return a frozen copy, or None.
+
+    Log-probs are computed once and kept with the examples. Only a loss of full logits or hidden
+    states needs a second model.
+    """
+    with proc.clock.phase("reference"):
+        for kind, term in terms.items():
+            if term.needs == "ref_logps":
+                values = models.token_scores(
+                    lm, groups[kind], proc, c.micro_batch_tokens, title="reference")
+                for group, arrays in zip(groups[kind], values):
+                    for example, array in zip(group, arrays):
+                        logps = torch.tensor(array[:, 0], dtype=torch.float32)
+                        example.ref_logps = logps.to(proc.device)
+        if all(term.needs != "ref_model" for term in terms.values()):
+            return None
+        # a sharded model cannot be copied
+        frozen = models.load_model(c.model, proc) if proc.sharded else copy.deepcopy(lm)
+        return frozen.requires_grad_(False)
+
+
+def wrap_model(lm, terms: dict, c, proc):
+    """The model as the loop calls it: checkpointed, compiled, and DDP's, where that is set."""
+    reads_hidden = any(term.hidden for term in terms.values())
+    n_layers = lm.config.get_text_config().num_hidden_layers
+    if reads_hidden and c.steering_layer >= n_layers - 1:
+        # the last layer's output is known after the final norm only
+        raise UsageError(f"--steering_layer={c.steering_layer}: the model has {n_layers} layers, "
+                         "counted from 0; it must be below the last.")
+    if c.activation_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        lm.train()  # transformers recomputes in this mode only; there is no dropout
+    model = torch.compile(lm, dynamic=True) if c.compile else lm
+    if proc.world > 1 and not proc.sharded:
+        # RMU's loss does not reach the layers above the steered one
+        model = DistributedDataParallel(
+            model, gradient_as_bucket_view=True, find_unused_parameters=reads_hidden)
+    return model
+
+
+def must_take_turns(lm, terms: dict) -> bool:
+    """Does a forget micro-batch run other forwards than a retain one?
+
+    FSDP's forwards are collective: all ranks then compute the same kind at the same time.
+    """
+    work = {(term.hidden, term.needs == "ref_model", term.answers) for term in terms.values()}
+    return len(work) > 1 or lm.row_limit < math.inf
+
+
+def check_finite(step, forget_loss, retain_loss, grad_norm, batch, groups, c):
+    if all(map(math.isfinite, (forget_loss, retain_loss, grad_norm))):
+        return
+    named = []
+    for kind in batch:
+        indices = [groups[kind].index(group) for group in batch[kind]]
+        named.append(f"{kind} examples {indices}")
+    raise Failure(
+        f"step {step}: forget loss {forget_loss}, retain loss {retain_loss}, gradient norm "
+        f"{grad_norm}; {', '.join(named)}. This step was not applied. {c.out}/checkpoint has the "
+        "last --save_every, if any; lower --lr, or fix these rows.")
+
+
+# ------------------------------------------------------------------------------------------------
+# settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(configs.Settings):
+    """method"""
+    forget_loss: str = "simnpo"  # a line of the table FORGET
     retain_loss: str = "nll"  # a line of RETAIN
     forget_weight: float = 1.0
     retain_weight: float = 1.0
-    beta: float = 0.1  # inverse temperature of npo, simnpo, dpo, altpo, tnpo, wtnpo; exponent of wga; undial's lowered logit
+    beta: float = 0.1  # inverse temperature of npo, simnpo, dpo, altpo, tnpo, wtnpo; wga's exponent; undial's lowered logit  # noqa: E501
     gamma: float = 0.0  # simnpo: the paper's margin, outside beta
     alpha: float = 1.5  # wtnpo: exponent
     beta1: float = 5.0  # satimp: saturation exponent
     beta2: float = 1.0  # satimp: importance exponent
-    steering_layer: int = 7  # rmu: the decoder layer whose output is steered
+    steering_layer: int = 7  # rmu: the decoder layer whose output is steered, from 0
     steering_scale: float = 6.5  # rmu: length of the steering vector
-    task_vector_scale: float = 1.0  # task_vector: how much of what forget_loss=nll would learn is taken away
-    refusals: str | None = None  # idk, dpo: a file of refusals, one a line; None = ours
-    alternates: str | None = None  # altpo: rows with a forget question and its alternate answer (a string or a list)
-    train_only: str | None = None  # regular expression: train the parameters whose names match, freeze the others
-    lora_rank: int = 0  # train low-rank adapters of all linear layers instead of the weights; merged on save; 0 = off
-    # optimisation
+    task_vector_scale: float = 1.0  # task_vector: how much of forget_loss=nll is subtracted
+    refusals: str | None = None  # idk, dpo: a file of refusals, one per line; None = ours
+    alternates: str | None = None  # altpo: rows with question and alternate (a text or a list)
+
+    def problems(self):
+        for name, table in (("forget_loss", FORGET), ("retain_loss", RETAIN)):
+            value = getattr(self, name)
+            if value not in table:
+                yield f"--{name}={value}: must be one of {', '.join(table)}."
+        yield from self.check("beta", lambda v: v > 0, "must be above 0.")
+        yield from self.check("alpha beta1 beta2 steering_layer", lambda v: v >= 0,
+                              "must not be negative.")
+        yield from self.check("refusals alternates", os.path.isfile, "no such file.")
+        if self.forget_loss == "altpo" and not self.alternates:
+            yield "--forget_loss=altpo: give --alternates=FILE."
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer(configs.Settings):
+    """optimizer"""
     lr: float = 1e-5
+    weight_decay: float = 0.01  # of matrices only
+    adam_beta2: float = 0.999
+    grad_clip: float = 1.0  # largest gradient norm; 0 = no clipping
+
+    def problems(self):
+        yield from self.check("lr", lambda v: v > 0, "must be above 0.")
+        yield from self.check("weight_decay grad_clip", lambda v: v >= 0, "must not be negative.")
+        yield from self.check("adam_beta2", lambda v: 0 <= v < 1, "must be from 0 to below 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training(configs.Settings):
+    """training"""
     epochs: float = 10.0  # passes over the forget set
     steps: int | None = None  # optimizer steps; overrides epochs
     batch_size: int = 32  # forget examples per optimizer step, over ALL processes
     warmup: float = 0.0  # fraction of the steps
-    schedule: Literal["linear", "cosine", "constant"] = "constant"  # after the warm-up, as transformers.get_scheduler
-    weight_decay: float = 0.01  # of matrices only
-    grad_clip: float = 1.0  # largest gradient norm; 0 = no clipping
-    adam_beta2: float = 0.999
+    schedule: Literal["linear", "cosine", "constant"] = "constant"  # after the warm-up
     shuffle: bool = True  # False = file order, forget example i with retain example i
     seed: int = 0
-    # making the target and the retain model from base_model
+    train_only: str | None = None  # regular expression: train only parameters of matching names
+    lora_rank: int = 0  # train low-rank adapters instead of the weights; merged on save; 0 = off
+
+    def problems(self):
+        yield from self.check("epochs batch_size", lambda v: v > 0, "must be above 0.")
+        yield from self.check("steps", lambda n: n >= 1, "must be at least 1.")
+        yield from self.check("warmup", lambda v: 0 <= v <= 1,
+                              "a fraction of the run, from 0 to 1.")
+        yield from self.check("lora_rank", lambda v: v >= 0, "must not be negative.")
+        yield from self.check("seed", lambda n: 0 <= n < 2**63, "must be from 0 to 2^63 - 1.")
+        try:
+            re.compile(self.train_only or "")
+        except re.error as e:
+            yield f"--train_only={self.train_only}: not a regular expression ({e})."
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetuning(configs.Settings):
+    """making the target and the retain model from base_model"""
     finetune_lr: float = 1e-5
     finetune_epochs: float = 5.0
     finetune_batch_size: int = 32
     finetune_warmup: float = 0.1
     finetune_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    # the run
-    activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+
+    def problems(self):
+        yield from self.check("finetune_lr finetune_epochs finetune_batch_size", lambda v: v > 0,
+                              "must be above 0.")
+        yield from self.check("finetune_warmup", lambda v: 0 <= v <= 1,
+                              "a fraction of the run, from 0 to 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Keeping(configs.Settings):
+    """models on the way"""
+    keep_epochs: bool = False  # keep a loadable model at every score, in <out>/epoch_<n>
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution(configs.Settings):
+    """execution"""
+    changes_result = False
+    activation_checkpointing: bool = False  # recompute activations: less memory, a third more time
     compile: bool = False  # torch.compile
     save_every: float = 0.0  # epochs between checkpoints to resume from; 0 = none
-    keep_epochs: bool = False  # keep a loadable model at every score, in <out>/epoch_<n>
     plan: bool = False  # say what memory a step takes, and stop
     resume: bool = False  # go on from <out>/checkpoint; without one, begin
     wandb: str | None = None  # a Weights & Biases project to log to as well (pip install wandb)
 
-    def __post_init__(self):
-        super().__post_init__()
-        object.__setattr__(self, "out", self.out or f"out/{self.benchmark}_{self.subset}_{self.forget_loss}")
-        if self.benchmark == "markov":  # its sequences are drawn anew for each seed
-            object.__setattr__(self, "data", self.data or str(self.seed))
-
     def problems(self):
-        yield from super().problems()
-        yield self.forget_loss not in FORGET, f"--forget_loss={self.forget_loss}: must be one of {', '.join(FORGET)}."
-        yield self.retain_loss not in RETAIN, f"--retain_loss={self.retain_loss}: must be one of {', '.join(RETAIN)}."
-        yield from self.each("lr beta epochs batch_size finetune_lr finetune_epochs finetune_batch_size", lambda v: v > 0, "must be above 0.")
-        yield from self.each("warmup finetune_warmup", lambda v: 0 <= v <= 1, "a fraction of the run, from 0 to 1.")
-        yield from self.each("weight_decay grad_clip save_every eval_every alpha beta1 beta2 steering_layer lora_rank", lambda v: v >= 0,
-                             "must not be negative.")
-        yield from self.each("adam_beta2", lambda v: 0 <= v < 1, "must be from 0 to below 1.")
-        yield from self.each("steps", lambda n: n >= 1, "must be at least 1.")
-        yield from self.each("seed", lambda n: 0 <= n < 2 ** 63, "must be from 0 to 2^63 - 1.")
-        yield from self.each("refusals alternates", os.path.isfile, "no such file.")
-        yield min(self.eval_at, default=1) < 1, f"--eval_at={','.join(map(str, self.eval_at))}: steps count from 1."
-        try:
-            re.compile(self.train_only or "")
-        except re.error as e:
-            yield True, f"--train_only={self.train_only}: not a regular expression ({e})."
-        yield self.wandb and not importlib.util.find_spec("wandb"), f"--wandb={self.wandb}: pip install wandb first."
-        yield self.overwrite and self.resume, "--overwrite=True begins again and --resume=True goes on: give one of them."
-        yield self.forget_loss == "altpo" and not self.alternates, "--forget_loss=altpo: give --alternates=FILE."
-        yield self.forget_loss == "task_vector" and (self.retain_loss != "none" or self.resume or self.lora_rank), (
-            "--forget_loss=task_vector: reads no retain set and has no --resume and no --lora_rank; write --retain_loss=none.")
-        yield self.parallel == "fsdp" and (self.lora_rank or self.compile or self.forget_loss == "task_vector"), (
-            "--parallel=fsdp: --lora_rank, --compile and --forget_loss=task_vector need --parallel=ddp.")
-        yield self.forget_data and not self.retain_data and self.retain_loss != "none" and self.benchmark != "muse", (
-            f"--forget_data={self.forget_data}: give --retain_data too, or --retain_loss=none.")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# methods: the only place where a name meets tensors and settings
+        yield from self.check("save_every", lambda v: v >= 0, "must not be negative.")
+        if self.wandb and not importlib.util.find_spec("wandb"):
+            yield f"--wandb={self.wandb}: pip install wandb first."
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
-    """loss(s, r, c) -> unreduced values; s = the model's Scores, r = the reference's, c = Config.
+class Config(evaluate.Config, Method, Optimizer, Training, Finetuning, Keeping, Execution):
+    @classmethod
+    def defaults(cls, given):
+        found = super().defaults(given)
+        c = {name: getattr(cls, name) for name in ("benchmark", "forget_loss", "seed")}
+        c |= given | found
+        if not given.get("out"):
+            found["out"] = f"out/{c['benchmark']}_{c['subset']}_{c['forget_loss']}"
+        if c["benchmark"] == "markov" and not given.get("data"):
+            found["data"] = str(c["seed"])  # its sequences are drawn anew for each seed
+        return found
 
-    per: what one value stands for, and so what the window's sum is divided by.
-    ref: what it reads of the reference, the model as it was before the first step. logps are computed once and kept;
-         a model is a frozen second one in memory, for full-vocabulary logits or hidden states.
-    reads: which answers to a forget question are run: its own, an alternate one, or both. hidden: reads no logits.
-    after(lm, c): what is done to the trained model before it is scored and saved.
-    """
-    loss: Callable
-    per: Literal["token", "answer"]
-    ref: Literal["", "logps", "model"] = ""
-    reads: tuple = ("forget",)
-    hidden: bool = False
-    after: Callable | None = None
-
-
-PAIR = ("forget", "alternate")
-FORGET = {
-    "ga": Method(lambda s, r, c: losses.ga(s.token_logps), "token"),
-    "nll": Method(lambda s, r, c: losses.nll(s.token_logps), "token"),  # fine-tuning, relearning
-    "npo": Method(lambda s, r, c: losses.npo(s.logps, r.logps, c.beta), "answer", "logps"),
-    "simnpo": Method(lambda s, r, c: losses.simnpo(s.logps, s.n_tokens, c.beta, c.gamma), "answer"),
-    "idk": Method(lambda s, r, c: losses.nll(s.alternate.token_logps), "token", reads=("alternate",)),
-    "dpo": Method(lambda s, r, c: losses.dpo(s.alternate.logps, r.alternate.logps, s.logps, r.logps, c.beta), "answer", "logps", PAIR),
-    "altpo": Method(lambda s, r, c: losses.dpo(s.alternate.logps, r.alternate.logps, s.logps, r.logps, c.beta), "answer", "logps", PAIR),
-    "wga": Method(lambda s, r, c: losses.wga(s.token_logps, c.beta), "token"),
-    "satimp": Method(lambda s, r, c: losses.satimp(s.token_logps, c.beta1, c.beta2), "token"),
-    "tnpo": Method(lambda s, r, c: losses.tnpo(s.token_logps, r.token_logps, c.beta), "token", "logps"),
-    "wtnpo": Method(lambda s, r, c: losses.wtnpo(s.token_logps, r.token_logps, c.beta, c.alpha), "token", "logps"),
-    "ceu": Method(lambda s, r, c: losses.ceu(s.logits, s.labels), "token"),
-    "undial": Method(lambda s, r, c: losses.undial(s.logits, r.logits, s.labels, c.beta), "token", "model"),
-    "max_entropy": Method(lambda s, r, c: losses.max_entropy(s.logits), "token"),
-    "logit_margin": Method(lambda s, r, c: losses.logit_margin(s.logits), "token"),
-    "rmu": Method(lambda s, r, c: losses.rmu(s.hidden, steering(c, s.hidden)), "token", hidden=True),
-    "task_vector": Method(lambda s, r, c: losses.nll(s.token_logps), "token",
-                          after=lambda lm, c: models.negate(lm, c.model, c.task_vector_scale)),
-    # on MUSE's chunks: NPO divided by length, and what its published numbers were made with
-    "npo_mean": Method(lambda s, r, c: losses.npo(s.logps / s.n_tokens, r.logps / s.n_tokens, c.beta), "answer", "logps"),
-    "muse_npo": Method(lambda s, r, c: losses.muse_npo(s.logits, r.logits, c.beta), "token", "model"),
-    "muse_simnpo": Method(lambda s, r, c: losses.muse_simnpo(s.logits, c.beta, c.gamma), "token"),
-}
-RETAIN = {
-    "nll": Method(lambda s, r, c: losses.nll(s.token_logps), "token", reads=("retain",)),
-    "kl": Method(lambda s, r, c: losses.kl(s.logits, r.logits), "token", "model", ("retain",)),
-    "rmu": Method(lambda s, r, c: losses.rmu(s.hidden, r.hidden), "token", "model", ("retain",), hidden=True),
-    "muse_kl": Method(lambda s, r, c: losses.muse_kl(s.logits, r.logits), "token", "model", ("retain",)),
-    "none": None,
-}
+    def problems(self):
+        """What no group can see alone."""
+        if self.overwrite and self.resume:
+            yield "--overwrite=True begins again and --resume=True goes on: give one of them."
+        is_task_vector = self.forget_loss == "task_vector"
+        if is_task_vector and (self.retain_loss != "none" or self.resume or self.lora_rank):
+            yield ("--forget_loss=task_vector: reads no retain set and has no --resume and no "
+                   "--lora_rank; write --retain_loss=none.")
+        if self.parallel == "fsdp" and (self.lora_rank or self.compile or is_task_vector):
+            yield ("--parallel=fsdp: --lora_rank, --compile and --forget_loss=task_vector need "
+                   "--parallel=ddp.")
+        needs_retain = self.retain_loss != "none" and self.benchmark != "muse"
+        if self.forget_data and not self.retain_data and needs_retain:
+            yield (f"--forget_data={self.forget_data}: give --retain_data too, or "
+                   "--retain_loss=none.")
 
 
-def steering(c, hidden):
-    """(D,) RMU's target: one fixed random direction with positive entries, scaled; the same on every process."""
-    u = torch.rand(hidden.shape[-1], generator=torch.Generator().manual_seed(c.seed))
-    return (c.steering_scale * u / u.norm()).to(hidden)
+# ------------------------------------------------------------------------------------------------
+# from rows to groups, and to a model that fits
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# one optimizer step
+def encode_groups(c, tokenizer, proc, **sets) -> dict:
+    """{name: [group]} of sets of rows, name = forget or retain.
 
-
-def methods(c):
-    """What a run minimises: its line of FORGET, and its line of RETAIN where there is one."""
-    return [m for m in (FORGET[c.forget_loss], RETAIN[c.retain_loss]) if m]
-
-
-def units_of(window, c):
-    """What has to share a micro-batch: [((kind, index), ...)], one unit a forget pair and one a retain example."""
-    units = [tuple((kind, i) for kind in FORGET[c.forget_loss].reads) for i, _ in window]
-    return units + ([(("retain", j),) for _, j in window] if RETAIN[c.retain_loss] else [])
-
-
-class Reference:
-    """The model as it was before the first step.
-
-    Log-probs of answers are computed once, for every forget example of the run, and no second model is held; only a loss
-    that reads full-vocabulary logits or hidden states keeps a frozen copy.
-    """
-
-    @configs.phase("reference")
-    def __init__(self, scorer, examples, c, proc):
-        self.kept, self.frozen = {}, None
-        if any(m.ref == "logps" for m in methods(c)):
-            for kind in FORGET[c.forget_loss].reads:
-                scored = models.score(scorer, examples[kind], proc, c.micro_batch_tokens, title="reference")
-                self.kept[kind] = [torch.tensor(t[:, 0], dtype=torch.float32, device=proc.device) for t in scored]
-        if any(m.ref == "model" for m in methods(c)):
-            self.frozen = (models.Scorer(models.load_model(c.model, proc)) if proc.sharded else copy.deepcopy(scorer)).requires_grad_(False)
-            if scorer.layer is not None:
-                self.frozen.watch(scorer.layer)
-
-    @torch.no_grad()
-    def scores(self, batch, sequences, logits):
-        """{kind: what losses read of the reference} for one micro-batch."""
-        if self.frozen is not None:
-            ids, places, labels, counts, more = batch
-            return models.split(*self.frozen(ids, places, logits, **more), labels, counts, sequences)
-        found = {}
-        for kind, kept in self.kept.items():
-            answers = [kept[i] for k, i in sequences if k == kind]
-            if answers:
-                found[kind] = SimpleNamespace(token_logps=torch.cat(answers), logps=torch.stack([a.sum() for a in answers]))
-        return models.paired(found)
-
-
-def step_loss(forward, reference, piece, examples, c, n_forget, n_retain, proc):
-    """(weighted loss, unweighted forget part, unweighted retain part) of one micro-batch, each its share of the window's."""
-    kinds, sequences = ("forget", "alternate", "retain"), [s for row in piece for s in row]
-    order = sorted(range(len(sequences)), key=lambda k: kinds.index(sequences[k][0]))
-    batch = ids, places, labels, counts, more = models.collate([[examples[s] for s in row] for row in piece], proc.device, order)
-    sequences = [sequences[k] for k in order]
-    logits = not all(m.hidden for m in methods(c))  # does anybody read them
-    scores = models.split(*forward(ids, places, logits, **more), labels, counts, sequences)
-    ref = reference.scores(batch, sequences, logits)
-    parts = []
-    for kind, method, n in (("forget", FORGET[c.forget_loss], n_forget), ("retain", RETAIN[c.retain_loss], n_retain)):
-        here = method and kind in scores
-        parts.append(method.loss(scores[kind], ref.get(kind), c).sum() / n if here else torch.zeros((), device=proc.device))
-    return c.forget_weight * parts[0] + c.retain_weight * parts[1], *parts
-
-
-def count(method, window_indices, examples):
-    """What a window's sum of losses is divided by, over all processes: its answers, or its answer tokens."""
-    if not method or method.per == "answer":
-        return max(len(window_indices), 1)
-    return sum(len(e.ids) - e.start for e in (examples[method.reads[-1]][i] for i in window_indices))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the loop
-
-
-def n_steps(c, n_forget):
-    """Whole windows only: a run of fewer examples than one batch is a mistake, not a run of nothing."""
-    steps = c.steps or int(c.epochs * n_forget) // c.batch_size
-    if steps == 0:
-        raise Mistake(f"0 optimizer steps: {c.epochs:g} epochs of {n_forget} examples make no batch of {c.batch_size}; "
-                      "lower --batch_size or raise --epochs.")
-    return steps
-
-
-def due(step, steps, every, at, per_epoch):
-    """Is something that happens every `every` epochs due after this step? Always after the last one, if at all."""
-    if at:
-        return step in at or step == steps
-    size = every * per_epoch  # in steps; up to 1: each step
-    return every > 0 and (size <= 1 or step == steps or math.floor(step / size + 1e-9) > math.floor((step - 1) / size + 1e-9))
-
-
-def begin(c, proc, name, **sets):
-    """(scorer, tokenizer, examples) of a run that starts from the model `name`.
-
-    What memory a step takes is said before any weight is loaded; --plan=True ends here.
-    """
-    tokenizer = models.load_tokenizer(c.tokenizer or name)
-    data.check_tokenizer(tokenizer, c.tokenizer or name, c.template)
-    examples, _ = encode_sets(c, tokenizer, proc, **sets)
-    windows = data.stream(len(examples["forget"]), len(examples["retain"]), c.batch_size, 20, c.seed, c.shuffle)
-    of = {(kind, i): e for kind, some in examples.items() for i, e in enumerate(some)}
-    hidden = 0 if any(m.hidden for m in methods(c)) else models.packs(models.from_pretrained(transformers.AutoConfig, name))
-    dealt = [pieces for w in windows for pieces in data.deal(units_of(w, c), of, c.micro_batch_tokens, proc.world, hidden)]
-    batches = [[[of[s] for s in row] for row in piece] for pieces in dealt for piece in pieces if piece]
-    largest = max(batches, key=lambda rows: sum(len(e.ids) for row in rows for e in row))
-    needs = models.memory_plan(name, c, proc, largest, any(m.ref == "model" for m in methods(c)))
-    takes, has = sum(needs.values()), models.capacity_gb(proc)
-    size = lambda gb: f"{gb:.1f} GB" if gb >= 1 else f"{1000 * gb:.0f} MB"  # noqa: E731
-    told = f"{size(takes)} of {size(has)} a process: " + ", ".join(f"{k} {size(v)}" for k, v in needs.items())
-    if takes > 1.15 * has:
-        raise Mistake(f"--model={name}: a step does not fit, it takes {told}; lower --micro_batch_tokens, or set "
-                      "--activation_checkpointing=True, or --parallel=fsdp on more GPUs.")
-    proc.say(f"a step takes about {told}")
-    if c.plan:
-        raise SystemExit(0)
-    return evaluate.load(name, c, proc)[0], tokenizer, examples
-
-
-def optimizer_of(model, c):
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, c.adam_beta2), fused=next(model.parameters()).device.type != "mps")
-
-
-@configs.phase("training")
-def train(c, proc, scorer, examples, on_score=None, title=None):
-    """Run the loop on `scorer`, in place. examples: {"forget": [Example], "retain": [...], "alternate": [...]}.
-
-    Every step writes a line of <out>/log.jsonl. on_score(step, epoch) -> a dict, logged too, when scores are due; it must
-    not touch the training (and draws no random number that training uses). One host sync a step: the line that is logged.
-    """
-    n = len(examples["forget"])
-    steps, per_epoch = n_steps(c, n), n / c.batch_size
-    method, retain_method = FORGET[c.forget_loss], RETAIN[c.retain_loss]
-    reads_hidden = any(m.hidden for m in methods(c))
-    if reads_hidden:
-        scorer.watch(c.steering_layer)
-    models.adapt(scorer.lm, c)
-    parameters = [p for p in scorer.parameters() if p.requires_grad]  # before any forward: a sharded model gathers its own
-    optimizer = optimizer_of(scorer, c)
-    reference = Reference(scorer, examples, c, proc)
-    scheduler = transformers.get_scheduler(c.schedule if c.schedule != "constant" else "constant_with_warmup", optimizer,
-                                           num_warmup_steps=math.floor(c.warmup * steps + 1e-9), num_training_steps=steps)
-    if c.activation_checkpointing:
-        scorer.lm.gradient_checkpointing_enable({"use_reentrant": False})
-        scorer.train()  # there is no dropout; transformers recomputes only in this mode
-    forward = torch.compile(scorer, dynamic=True) if c.compile else scorer
-    if proc.world > 1 and not proc.sharded:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, find_unused_parameters=reads_hidden)  # RMU's upper layers
-    first = models.restore(c, scorer, optimizer, scheduler) if c.resume else 0
-    log = configs.Log(c, proc, first)
-    if on_score and first == 0:
-        log.write({"step": 0, "epoch": 0.0} | on_score(0, 0.0))
-
-    of = {(kind, i): e for kind, some in examples.items() for i, e in enumerate(some)}
-    hidden = models.packs(scorer.lm.config, scorer.layer)
-    windows = data.stream(n, len(examples["retain"]), c.batch_size, steps, c.seed, c.shuffle)
-    title, quiet = title or c.forget_loss, proc.rank > 0 or None
-    with configs.Interrupt(proc) as interrupt, tqdm(total=steps, initial=first, desc=title, disable=quiet) as bar:
-        for step, window in enumerate(windows, 1):
-            if step <= first:
-                continue
-            began = time.perf_counter()
-            n_forget = count(method, [i for i, _ in window], examples)
-            n_retain = count(retain_method, [j for _, j in window], examples)
-            units = units_of(window, c)
-            rounds = data.deal(units, of, c.micro_batch_tokens, proc.world, hidden)
-            totals = torch.zeros(2, device=proc.device)
-            for i, pieces in enumerate(rounds):
-                piece = pieces[proc.rank]
-                if isinstance(forward, DistributedDataParallel):  # all-reduce gradients on the last backward only
-                    forward.require_backward_grad_sync = i == len(rounds) - 1
-                with proc.autocast():
-                    loss, *parts = step_loss(forward, reference, piece or [[s] for s in units[0]], of, c, n_forget, n_retain, proc)
-                if piece is None:  # a rank without work joins in with weight zero
-                    loss = loss * 0
-                else:
-                    totals += torch.stack(parts).detach()
-                (loss * proc.world).backward()  # times world, for DDP and FSDP average over ranks
-            norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip or math.inf)
-            norm = norm.full_tensor() if proc.sharded else norm
-            if proc.world > 1:
-                torch.distributed.all_reduce(totals)
-            forget_loss, retain_loss, norm = torch.cat([totals, norm[None]]).tolist()  # the step's one host sync
-            if not all(map(math.isfinite, (forget_loss, retain_loss, norm))):
-                raise Failure(f"step {step}: forget loss {forget_loss}, retain loss {retain_loss}, gradient norm {norm}; forget "
-                              f"examples {[i for i, _ in window]}, retain examples {[j for _, j in window]}. Nothing of it was "
-                              f"applied. {c.out}/checkpoint has the last --save_every, if any; lower --lr, or mend these rows.")
-            row = {"step": step, "epoch": step / per_epoch, "loss": c.forget_weight * forget_loss + c.retain_weight * retain_loss,
-                   "forget_loss": forget_loss, "retain_loss": retain_loss, "lr": scheduler.get_last_lr()[0], "grad_norm": norm}
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            log.write(row | models.speed(scorer.lm, proc, [of[s] for unit in units for s in unit], time.perf_counter() - began))
-            bar.set_postfix(forget=f"{forget_loss:.3f}", retain=f"{retain_loss:.3f}", refresh=False)
-            bar.update()
-            if step == steps and method.after:
-                method.after(scorer.lm, c)
-            if on_score and (step == steps if method.after else due(step, steps, c.eval_every, c.eval_at, per_epoch)):
-                log.write({"step": step, "epoch": step / per_epoch} | on_score(step, step / per_epoch))
-            if step < steps and due(step, steps, c.save_every, (), per_epoch):
-                models.checkpoint(c, proc, scorer, optimizer, scheduler, step)
-            if interrupt.signal and step < steps:
-                ended = "and saved; the same command with --resume=True goes on"
-                if method.after or not os.path.isfile(os.path.join(c.out, "run.json")):  # a task vector, an attack: no resume
-                    ended = "without saving; the same command begins again"
-                else:
-                    models.checkpoint(c, proc, scorer, optimizer, scheduler, step)
-                raise Failure(f"stopped after step {step} of {steps} {ended}.", status=128 + interrupt.signal)
-    scorer.eval()
-    return log.rows
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# a run
-
-
-def encode_sets(c, tokenizer, proc, **sets):
-    """({"forget": [Example], "retain": ..., "alternate": ...}, the rows they are of) of lists of rows.
-
-    Rows without an answer to score are counted, named and left out.
+    Rows without an answer to score are counted, reported and left out.
     """
     template = data.Template(c.template, tokenizer, c.system_prompt, c.date_string)
-    reads_alternate = "alternate" in FORGET[c.forget_loss].reads
-    alternates = data.read_alternates(c.alternates, c.refusals) if reads_alternate else None
-    examples, kept = {"alternate": []}, {}
+    groups = {}
     for name, rows in sets.items():
-        examples[name], kept[name] = [], []
-        rows = [part for row in rows for part in template.parts(row, c.max_length)]
-        rng = random.Random(f"{c.seed} alternates")  # a forget example keeps one alternate answer for the whole run
-        pairs = reads_alternate and name == "forget"
-        for row in rows:
-            e = template.encode(row, c.max_length)
-            alternate = template.encode(row, c.max_length, rng.choice(alternates(row))) if pairs else e
-            if e and alternate:
-                examples[name].append(e)
-                kept[name].append(row)
-                if pairs:
-                    examples["alternate"].append(alternate)
-        left_out = len(rows) - len(examples[name])
-        if left_out:
-            proc.say(f"{left_out} of {len(rows)} {name} rows left out: no answer, or a prompt longer than --max_length={c.max_length}")
-        if rows and not examples[name]:
-            raise Mistake(f"no {name} row is left: every answer is empty or every prompt longer than --max_length={c.max_length}.")
-    return examples, kept
+        answers, alternates = "own", None
+        if name == "forget":
+            answers = FORGET[c.forget_loss].answers
+        if answers != "own":
+            alternates = data.read_alternates(c.alternates, c.refusals)
+        groups[name], n_dropped = data.encode_groups(
+            rows, template, c.max_length, answers, alternates, c.seed)
+        if n_dropped:
+            proc.say(f"{n_dropped} of {len(groups[name]) + n_dropped} {name} rows left out: no "
+                     f"answer, or a prompt longer than --max_length={c.max_length}")
+        if rows and not groups[name]:
+            raise UsageError(f"no {name} row is left: every answer is empty or every prompt longer "
+                             f"than --max_length={c.max_length}.")
+    return groups
 
 
-TINY = "tiny"  # the base model of demo and markov: small, random, with a tokenizer made for its text
+def load_groups(c, proc, name: str, **sets):
+    """(tokenizer, groups) of a run that starts from the model `name`."""
+    tokenizer = models.load_tokenizer(c.tokenizer or name)
+    data.check_tokenizer(tokenizer, c.tokenizer or name, c.template)
+    return tokenizer, encode_groups(c, tokenizer, proc, **sets)
 
 
-OF_A_METHOD = ("forget_weight", "retain_weight", "beta", "gamma", "alpha", "beta1", "beta2", "steering_layer", "steering_scale",
-               "task_vector_scale", "refusals", "alternates", "train_only", "lora_rank", "steps", "eval_at", "keep_epochs",
-               "audits", "eval_rows", "max_new_tokens", "retain_log", "wandb", "model", "retain_model", "split", "shuffle")
-
-
-def recipe(c, path):
-    """The run that makes a model of base_model: fine-tuning, with nothing of the method that comes after."""
-    plain = {f.name: f.default for f in dataclasses.fields(Config) if f.name in OF_A_METHOD}
-    return dataclasses.replace(c, **plain, out=path, forget_loss="nll", retain_loss="none", lr=c.finetune_lr,
-                               epochs=c.finetune_epochs, batch_size=c.finetune_batch_size, warmup=c.finetune_warmup,
-                               schedule=c.finetune_schedule, eval_every=0.0, forget_data=None, retain_data=None)
-
-
-def make(f, proc, rows, title):
-    """Fine-tune base_model on rows, as a run of its own: how targets and retain models come to be."""
-    if configs.claim(dataclasses.replace(f, resume=not f.overwrite), proc):
-        return
-    if f.base_model == TINY:
-        markov = f.benchmark == "markov"
-        tokenizer = data.markov_tokenizer() if markov else data.demo_tokenizer()
-        data.check_tokenizer(tokenizer, TINY, f.template)
-        scorer = models.Scorer((models.tiny_gpt2 if markov else models.tiny_llama)(tokenizer, proc, f.seed))
-        examples, _ = encode_sets(f, tokenizer, proc, forget=rows, retain=[])
+def check_memory(c, proc, name: str, groups: dict):
+    """Say what memory a step takes, before a weight is loaded; --plan=True ends here."""
+    terms = loss_terms(c)
+    groups = {kind: groups[kind] for kind in terms}
+    largest, most = [], 0
+    for batch in data.make_batches(groups, c.batch_size, 20, c.seed, c.shuffle):
+        cuts = data.micro_batches(batch, c.micro_batch_tokens, proc.rank, proc.world)
+        for _, some, _ in cuts:
+            n_tokens = sum(data.row_tokens(group) for group in some)
+            if n_tokens > most:
+                largest, most = some, n_tokens
+    has_reference = any(term.needs == "ref_model" for term in terms.values())
+    needs = models.memory_plan(name, c, proc, largest, has_reference)
+    total, capacity = sum(needs.values()), models.capacity_gb(proc)
+    parts = ", ".join(f"{category} {memory(gb)}" for category, gb in needs.items())
+    estimate = f"{memory(total)} of {memory(capacity)} per process: {parts}"
+    if c.plan or total <= 1.15 * capacity:
+        proc.say(f"a step takes about {estimate}")
     else:
-        scorer, tokenizer, examples = begin(f, proc, f.base_model, forget=rows, retain=[])
-    configs.start(f, proc)
-    train(f, proc, scorer, examples, title=title)
-    models.finish(f, proc, scorer, tokenizer)
+        advice = ["lower --micro_batch_tokens"]
+        if not c.activation_checkpointing:
+            advice.append("set --activation_checkpointing=True")
+        if not proc.sharded:
+            advice.append("use more GPUs with --parallel=fsdp")
+        raise UsageError(f"--model={name}: a step does not fit, it takes {estimate}; "
+                         f"{', or '.join(advice)}.")
+    if c.plan:
+        models.cleanup()
+        raise SystemExit(0)
 
 
-def prepare(c, proc, bench):
-    """Make the target and the retain model from the base model where they do not exist; reuse what was made alike."""
+def memory(gb: float) -> str:
+    return f"{gb:.1f} GB" if gb >= 1 else f"{1000 * gb:.0f} MB"
+
+
+# ------------------------------------------------------------------------------------------------
+# fine-tuning base_model into target and retain model
+
+TINY = "tiny"  # base model of demo and markov: small, random, its tokenizer made for its text
+
+
+def finetune_config(c, path: str):
+    """Settings for fine-tuning base_model into `path`; everything about unlearning is default."""
+    given = {}
+    for group in (evaluate.Data, evaluate.Machine, evaluate.Precision, Optimizer, Finetuning,
+                  Execution):
+        given |= {name: getattr(c, name) for name in configs.fields(group)}
+    for name in ("base_model", "tokenizer", "seed", "overwrite"):
+        given[name] = getattr(c, name)
+    for name in configs.fields(Finetuning):
+        given[name.removeprefix("finetune_")] = getattr(c, name)
+    given |= {"out": path, "forget_loss": "nll", "retain_loss": "none", "eval_every": 0.0}
+    # an unfinished model is resumed, unless everything is made anew
+    given |= {"resume": not c.overwrite, "wandb": None}
+    given |= {"split": None, "forget_data": None, "retain_data": None}
+    return configs.make(Config, given)
+
+
+def finetune(c, proc, rows: list, title: str):
+    """Fine-tune base_model on rows, as a run of its own."""
+    run = rundir.RunDirectory(c, proc)
+    if run.claim():
+        return
+    if c.base_model == TINY:
+        is_markov = c.benchmark == "markov"
+        tokenizer = data.markov_tokenizer() if is_markov else data.demo_tokenizer()
+        data.check_tokenizer(tokenizer, TINY, c.template)
+        make_tiny = models.tiny_gpt2 if is_markov else models.tiny_llama
+        lm = make_tiny(tokenizer, proc, c.seed)
+        groups = encode_groups(c, tokenizer, proc, forget=rows)
+    else:
+        tokenizer, groups = load_groups(c, proc, c.base_model, forget=rows)
+        check_memory(c, proc, c.base_model, groups)
+        lm, tokenizer = evaluate.load(c.base_model, c, proc)
+    run.start()
+    with run.watch_signals(), proc.clock.phase("training"):
+        train(c, proc, lm, groups, run=run, title=title)
+    finish(run, lm, tokenizer)
+
+
+def finetune_missing(c, proc, bench):
+    """Fine-tune target and retain model where they are missing; reuse them if made the same way."""
     for setting, rows in (("model", "full"), ("retain_model", "retain_full")):
         path = getattr(c, setting)
         if not path or not c.base_model:
             continue
-        f = recipe(c, path)
-        if to_be_made(c, path):
-            proc.say(f"making {path}: {c.base_model} fine-tuned on {rows.replace('_full', '')} data")
-            if not getattr(bench, rows):
-                data.load_full(bench, c.benchmark, c.data or data.hub(c.benchmark, c.subset))
-            make(f, proc, getattr(bench, rows), os.path.basename(path))
+        recipe = finetune_config(c, path)
+        if not to_be_made(c, path):
+            check_recipe(setting, path, recipe)
             continue
-        there = configs.read_json(os.path.join(path, "run.json"))
-        matters = ["benchmark", "base_model", "template", "lr", "epochs", "batch_size", "schedule", "warmup", "data"]
-        matters += ["subset"] if (setting, c.benchmark) != ("model", "tofu") else []  # TOFU's target has seen all subsets
-        differ = [f"{k} {there.get(k)} there, {getattr(f, k)} here" for k in matters if there and there.get(k) != getattr(f, k)]
-        if differ:
-            raise Mistake(f"--{setting}={path}: was made otherwise ({'; '.join(differ)}); name another path to make one anew, or "
-                          "--base_model=None to take it as it is.")
+        which = rows.removesuffix("_full")
+        proc.say(f"making {path}: {c.base_model} fine-tuned on {which} data")
+        if not getattr(bench, rows):
+            data.load_full(bench, c.benchmark, c.data or data.hub(c.benchmark, c.subset))
+        finetune(recipe, proc, getattr(bench, rows), os.path.basename(path))
 
 
-def to_be_made(c, path):
-    inside = not os.path.isabs(path) and os.path.normpath(path).startswith("out" + os.sep)
-    unfinished = not configs.read_json(os.path.join(path, "run.json")).get("finished", True)
-    return inside and bool(c.base_model) and (unfinished or not os.path.isfile(os.path.join(path, "config.json")))
+def check_recipe(setting: str, path: str, recipe):
+    """Refuse a fine-tuned model that was made with other settings."""
+    existing = configs.read_json(os.path.join(path, "run.json"))
+    names = ["benchmark", "base_model", "template", "data"]
+    names += [name.removeprefix("finetune_") for name in configs.fields(Finetuning)]
+    if (setting, recipe.benchmark) != ("model", "tofu"):  # TOFU's target has seen all subsets
+        names.append("subset")
+    differ = []
+    for name in names:
+        wanted = getattr(recipe, name)
+        if existing and existing.get(name) != wanted:
+            differ.append(f"{name} {existing.get(name)} there, {wanted} here")
+    if differ:
+        raise UsageError(f"--{setting}={path}: was made otherwise ({'; '.join(differ)}); name "
+                         "another path to make one anew, or --base_model=None to take it as it is.")
+
+
+def to_be_made(c, path: str) -> bool:
+    """Is `path` a model to make from base_model: below out/, and missing or unfinished?"""
+    below_out = not os.path.isabs(path) and os.path.normpath(path).startswith("out" + os.sep)
+    finished = configs.read_json(os.path.join(path, "run.json")).get("finished", True)
+    exists = os.path.isfile(os.path.join(path, "config.json"))
+    return below_out and bool(c.base_model) and not (finished and exists)
+
+
+# ------------------------------------------------------------------------------------------------
+# a run
+
+
+class Trajectory:
+    """Scores a model during its run, and reports it between its target and the retain model."""
+
+    def __init__(self, c, proc, lm, tokenizer, bench):
+        self.c = dataclasses.replace(c, audits=False)  # they need gradients: evaluate.py has them
+        self.proc, self.lm, self.tokenizer, self.bench = proc, lm, tokenizer, bench
+        self.retain = evaluate.retain_reference(self.c, proc, bench)
+        self.target = self.scores = self.records = None
+        needs_retain = evaluate.BENCHMARKS[c.benchmark].needs_retain and not c.forget_data
+        if needs_retain and not self.retain:
+            proc.say("No retain_model and no retain_log: forget quality is left out "
+                     "(evaluate.py can add it later).")
+
+    def score_target(self, loaded=None) -> dict:
+        """The target is scored once, whatever is unlearned from it."""
+        self.target = evaluate.reference(self.c, self.proc, self.c.model, self.bench, loaded)
+        return evaluate.summarize(self.target, self.retain, self.c)
+
+    def __call__(self, step: int, epoch: float) -> dict:
+        if step == 0:
+            scores = self.score_target(loaded=(self.lm, self.tokenizer))
+        else:
+            self.scores, self.records = evaluate.evaluate(
+                self.lm, self.tokenizer, self.bench, self.c, self.proc, self.retain)
+            scores = self.scores
+            if self.c.keep_epochs:
+                path = os.path.join(self.c.out, f"epoch_{epoch:g}")
+                models.save_model(self.lm, self.tokenizer, path, self.proc)
+        headline = evaluate.BENCHMARKS[self.c.benchmark].headline
+        shown = [f"{k} {configs.number(v)}" for k, v in scores.items() if k in headline]
+        self.proc.say(f"epoch {epoch:g}: {', '.join(shown)}")
+        return scores
+
+    def report(self, rows: list):
+        """Write scores.json, examples.jsonl, trajectory.png and the final table."""
+        c = self.c
+        target = self.score_target() if self.target is None else evaluate.summarize(
+            self.target, self.retain, c)
+        if self.proc.rank > 0:
+            return
+        label = os.path.basename(c.out)
+        table = {"target": target, label: self.scores}
+        if self.retain:
+            table["retain model"] = evaluate.summarize(self.retain, self.retain, c)
+        evaluate.save_scores(c.out, self.scores, self.records)
+        scored = [row for row in rows if "loss" not in row]
+        picture = os.path.join(c.out, "trajectory.png")
+        evaluate.trajectory(picture, {label: scored}, table, c)
+        samples = configs.samples({"before": self.target, "after": self.records})
+        text = samples + "\n\n" + configs.table(table, evaluate.ARROWS)
+        configs.write(os.path.join(c.out, "table.txt"), text + "\n")
+        self.proc.say(f"{text}\n\n{c.out}: model, scores.json, examples.jsonl, log.jsonl, "
+                      "trajectory.png")
+
+
+def unlearn(c, proc, run, bench, start: str):
+    """One run, from the target to a scored and saved model."""
+    tokenizer, groups = load_groups(c, proc, start, forget=bench.forget, retain=bench.retain)
+    steps = n_steps(c, len(groups["forget"]))
+    check_memory(c, proc, start, groups)
+    lm, tokenizer = evaluate.load(start, c, proc)
+    proc.say(
+        f"{c.out}: {c.forget_loss} (weight {c.forget_weight:g}) and {c.retain_loss} on retain "
+        f"(weight {c.retain_weight:g}), {len(groups['forget'])} forget and {len(groups['retain'])} "
+        f"retain examples, {steps} steps of {c.batch_size} and {c.batch_size}, "
+        f"{warmup_steps(c, steps)} of them warm-up, {proc.world} x {proc.device}")
+    scored = c.eval_every > 0 or c.eval_at
+    trajectory = Trajectory(c, proc, lm, tokenizer, bench) if scored else None
+    after = FORGET[c.forget_loss].after
+    run.resumable = after is None
+    run.start()
+    # a model that is changed after training is scored after that, and not on the way
+    during = dataclasses.replace(c, eval_every=0.0, eval_at=()) if after else c
+    with run.watch_signals(), proc.clock.phase("training"):
+        rows = train(during, proc, lm, groups, trajectory, run)
+    if after:
+        after(lm, c)
+        if scored:
+            epoch = steps * c.batch_size / len(groups["forget"])
+            run.log({"step": steps, "epoch": epoch, **trajectory(steps, epoch)})
+    finish(run, lm, tokenizer, functools.partial(trajectory.report, rows) if scored else None)
+
+
+def finish(run, lm, tokenizer, report=None):
+    """Save the model, write the report, mark the run finished: a kill at any point can resume."""
+    with run.proc.clock.phase("saving"):
+        models.save_model(lm, tokenizer, run.path, run.proc)
+    if report:
+        report()
+    run.finish()
 
 
 def check_models(c):
-    if c.retain_model and c.model and evaluate.same(c.model, c.retain_model):
-        raise Mistake(f"--retain_model={c.retain_model}: is the model itself; name one that never saw the forget set.")
-    if c.retain_log:
-        data.read_log(c.retain_log)
     if not c.model:
-        raise Mistake("--model= is missing: the model to unlearn from, a hub id or a directory.")
-    if os.path.normpath(c.out) in {os.path.normpath(p) for p in (c.model, c.retain_model, c.base_model) if p}:
-        raise Mistake(f"--out={c.out}: is one of the models this run reads; give the run a directory of its own.")
+        raise UsageError("--model= is missing: the model to unlearn from, a hub id or a directory.")
+    if c.retain_model and evaluate.same(c.model, c.retain_model):
+        raise UsageError(f"--retain_model={c.retain_model}: is the model itself; name one that "
+                         "never saw the forget set.")
+    if c.retain_log:
+        evaluate.read_log(c.retain_log)
+    sources = [path for path in (c.model, c.retain_model, c.base_model) if path]
+    if os.path.normpath(c.out) in map(os.path.normpath, sources):
+        raise UsageError(f"--out={c.out}: is one of the models this run reads; give the run a "
+                         "directory of its own.")
     for setting in ("model", "retain_model", "base_model"):
         path = getattr(c, setting)
         if path and path != TINY and (setting == "base_model" or not to_be_made(c, path)):
@@ -499,71 +741,27 @@ def check_models(c):
 
 
 def main(argv):
-    here = os.path.dirname(os.path.abspath(__file__))
-    c, given, names = configs.load(Config, argv, __doc__, default=os.path.join(here, "configs", "demo.py"))
-    if names:
-        raise Mistake(f"{names[0]}: not a config file (*.py) and not --key=value.")
+    demo = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "demo.py")
+    c, _, words = configs.load(Config, argv, __doc__, default=demo)
+    if words:
+        raise UsageError(f"{words[0]}: not a config file (*.py) and not --key=value.")
     check_models(c)
     proc = evaluate.setup(c)
-    if not c.plan and configs.claim(c, proc):
+    run = rundir.RunDirectory(c, proc)
+    if not c.plan and run.claim():
         proc.say(f"{c.out} is finished; --overwrite=True runs it again.")
         table = os.path.join(c.out, "table.txt")
-        return proc.say(open(table, encoding="utf8").read()) if os.path.isfile(table) else None
-    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, score=c.eval_every > 0 or bool(c.eval_at),
+        if os.path.isfile(table):
+            proc.say(data.read_text(table))
+        return models.cleanup()
+    scored = c.eval_every > 0 or bool(c.eval_at)
+    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, score=scored,
                       split=c.split)
     if not c.plan or c.base_model == TINY:
-        prepare(c, proc, bench)
-    start = c.base_model if to_be_made(c, c.model) else c.model
-    scorer, tokenizer, examples = begin(c, proc, start, forget=bench.forget, retain=bench.retain)
-    steps = n_steps(c, len(examples["forget"]))
-    proc.say(f"{c.out}: {c.forget_loss} (weight {c.forget_weight:g}) and {c.retain_loss} on retain (weight {c.retain_weight:g}), "
-             f"{len(examples['forget'])} forget and {len(examples['retain'])} retain examples, {steps} steps of {c.batch_size} "
-             f"and {c.batch_size}, {math.floor(c.warmup * steps + 1e-9)} of them warm-up, {proc.world} x {proc.device}")
-    if c.eval_every == 0 and not c.eval_at:
-        configs.start(c, proc)
-        train(c, proc, scorer, examples)
-        return models.finish(c, proc, scorer, tokenizer)
-    scoring = dataclasses.replace(c, audits=False)  # what needs gradients and a holdout set is evaluate.py's
-    retain = evaluate.retain_reference(scoring, proc, bench)
-    if not retain and evaluate.BENCHMARKS[c.benchmark].needs_retain and not c.forget_data:
-        proc.say("No retain_model and no retain_log: forget quality is left out (evaluate.py can add it later).")
-    configs.start(c, proc)
-    last = {}
-
-    def on_score(step, epoch):
-        if step == 0:  # the target itself: scored once, whatever is unlearned from it
-            records = evaluate.reference(scoring, proc, c.model, bench)
-            scores = evaluate.summarize(records, retain, c)
-            last["target"] = scores, records
-        else:
-            scores, records = evaluate.evaluate(scorer, tokenizer, bench, scoring, proc, retain)
-            if c.keep_epochs:
-                models.save_model(scorer.lm, tokenizer, os.path.join(c.out, f"epoch_{epoch:g}"), proc)
-        last["run"] = scores, records
-        proc.say(f"epoch {epoch:g}: " + ", ".join(f"{k} {configs.number(v)}" for k, v in scores.items()
-                                                  if k in evaluate.BENCHMARKS[c.benchmark].headline))
-        return scores
-
-    rows = train(c, proc, scorer, examples, on_score)
-    models.finish(c, proc, scorer, tokenizer, lambda: report(scoring, proc, rows, last, retain, bench))
+        finetune_missing(c, proc, bench)
+    start = c.base_model if to_be_made(c, c.model) else c.model  # with --plan nothing is made
+    unlearn(c, proc, run, bench, start)
     models.cleanup()
-
-
-def report(c, proc, rows, last, retain, bench):
-    """scores.json, the picture and the final table: the run between its target and the retain model."""
-    scores, records = last["run"]
-    if "target" not in last:  # the run was resumed
-        before = evaluate.reference(c, proc, c.model, bench)
-        last["target"] = evaluate.summarize(before, retain, c), before
-    if proc.rank > 0:
-        return
-    label, (target, before) = os.path.basename(c.out), last["target"]
-    lines = {"target": target, label: scores} | ({"retain model": evaluate.summarize(retain, retain, c)} if retain else {})
-    evaluate.save_scores(c.out, scores, records)
-    evaluate.trajectory(os.path.join(c.out, "trajectory.png"), {label: [r for r in rows if "loss" not in r]}, lines, c)
-    shown = configs.samples({"before": before, "after": records}) + "\n\n" + configs.table(lines, evaluate.ARROWS)
-    configs.write(os.path.join(c.out, "table.txt"), shown + "\n")
-    proc.say(f"{shown}\n\n{c.out}: model, scores.json, examples.jsonl, log.jsonl, trajectory.png")
 
 
 if __name__ == "__main__":

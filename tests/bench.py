@@ -1,15 +1,16 @@
-"""Our loop against a plain Hugging Face loop, as ratios. Not run by pytest; random Llamas, no download.
+"""Our loop against a plain Hugging Face loop, as ratios. Not run by pytest.
 
-    python tests/bench.py                          # a 4-layer Llama, CPU: training per loss, evaluation; a Markdown table
-    python tests/bench.py --shape=135m --rounds=3
-    python tests/bench.py --shape=1b --device=cuda --pairs=32 --dtype=bf16        # with model FLOP utilisation
-    python tests/bench.py --losses=tofu --model=out/tofu_smollm2_target --questions=8         # evaluation of a real model
-    python tests/bench.py --memory                 # peak memory of our loop per loss, one process each
-    python tests/bench.py --plan                   # what 1B, 7B, 13B take on 1 and 8 GPUs, by the plan of --plan=True
+    python tests/bench.py                          # a 4-layer random Llama on the CPU
+    python tests/bench.py --shape=135m --losses=simnpo --plain_micro_batch=4
+    python tests/bench.py --shape=1b --device=cuda --pairs=32 --dtype=bf16     # with MFU
+    python tests/bench.py --losses=tofu --model=MODEL --questions=8   # evaluation of a real model
+    python tests/bench.py --memory                 # peak memory per loss, one process each
+    python tests/bench.py --plan                   # what 1B, 7B and 13B take, as --plan=True says
 
-The plain loop is what users write: one padded batch of forget and one of retain answers per micro-batch of 8, logits of every
-position, a reference model in memory, a full pass for each answer of a question, `lm.generate` on padded prompts. Both run on
-the same random token ids, with lengths like TOFU's, turn by turn; times are CPU seconds of the process (wall clock on a GPU).
+The plain loop is what users write: one padded batch of forget and one of retain answers per
+micro-batch, logits of every position, a reference model in memory, a full pass for each answer of a
+question, `lm.generate` on padded prompts. Both run on the same random token ids, with lengths like
+TOFU's, turn by turn. Times are CPU seconds of the process (wall clock on a GPU).
 """
 import argparse
 import copy
@@ -34,123 +35,148 @@ import model as models  # noqa: E402
 import unlearn  # noqa: E402
 
 SHAPES = {  # hidden, MLP, layers, heads, key-value heads, vocabulary, tied
-    "tiny": (64, 128, 2, 4, 4, 1000, True), "small": (576, 1536, 4, 9, 3, 49152, True), "135m": (576, 1536, 30, 9, 3, 49152, True),
-    "1b": (2048, 8192, 16, 32, 8, 128256, True), "7b": (4096, 11008, 32, 32, 32, 32000, False),
-    "13b": (5120, 13824, 40, 40, 40, 32000, False)}
-LOSSES = {"simnpo": ("simnpo", "nll"), "npo": ("npo", "nll"), "npo+kl": ("npo", "kl"), "dpo": ("dpo", "nll"), "graddiff": ("ga", "nll")}
+    "tiny": (64, 128, 2, 4, 4, 1000, True),
+    "small": (576, 1536, 4, 9, 3, 49152, True),
+    "135m": (576, 1536, 30, 9, 3, 49152, True),
+    "1b": (2048, 8192, 16, 32, 8, 128256, True),
+    "7b": (4096, 11008, 32, 32, 32, 32000, False),
+    "13b": (5120, 13824, 40, 40, 40, 32000, False),
+}
+LOSSES = {
+    "simnpo": ("simnpo", "nll"),
+    "npo": ("npo", "nll"),
+    "npo+kl": ("npo", "kl"),
+    "dpo": ("dpo", "nll"),
+    "graddiff": ("ga", "nll"),
+}
 EOS = 2
 
 
 def llama(shape):
-    hidden, mlp, layers, heads, kv, vocabulary, tied = SHAPES[shape]
-    return transformers.LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
-                                    num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=tied, bos_token_id=1,
-                                    eos_token_id=EOS, pad_token_id=None)
+    hidden, mlp, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+    return transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
+        bos_token_id=1, eos_token_id=EOS, pad_token_id=None)
 
 
-def questions(n, answers, vocabulary, rng):
-    """[[Example]]: n questions of 15 to 40 tokens with answers of 10 to 60, as TOFU's are.
+def random_questions(n, n_answers, vocabulary, rng):
+    """n groups: questions of 15 to 40 tokens with answers of 10 to 60, as TOFU's are.
 
-    From the third answer on, TOFU's wrong ones, three tenths are those of the second, the paraphrase.
+    From the third answer on (TOFU's wrong ones) three tenths are those of the second, a paraphrase.
     """
-    def ids(low, high):
+    def random_ids(low, high):
         return [rng.randrange(3, vocabulary) for _ in range(rng.randint(low, high))]
-    asked = []
-    for prompt in [ids(15, 40) for _ in range(n)]:
-        said = [ids(10, 60) for _ in range(answers)]
-        said = said[:2] + [said[1][:3 * len(said[1]) // 10] + s[3 * len(said[1]) // 10:] for s in said[2:]]
-        asked.append([data.Example(prompt + s + [EOS], len(prompt)) for s in said])
-    return asked
 
-
-def tofu(a, proc):
-    """(scorer, tokenizer, rows to score, settings, [[Example]]) of a real model and TOFU's forget05."""
-    c = configs.make(evaluate.Config, dict(benchmark="tofu", subset="forget05", data=a.data, template=a.template, model=a.model, device=a.device,
-                                           dtype=a.dtype, eval_rows=a.questions, micro_batch_tokens=a.micro_batch_tokens))
-    bench = data.load(c.benchmark, c.subset, c.data, train=False)
-    scorer, tokenizer = evaluate.load(c.model, c, proc)
-    template = data.Template(c.template, tokenizer, c.system_prompt, c.date_string)
-    rows = [row for rows in bench.evals.values() for row in rows[:a.questions]]
-    said = [[row["answer"], row.get("paraphrased_answer"), *row["perturbed_answer"]] for row in rows]
-    return scorer, tokenizer, bench, c, [[template.encode(row, 500, s) for s in answers if s] for row, answers in zip(rows, said)]
+    prompts = [random_ids(15, 40) for _ in range(n)]
+    groups = []
+    for prompt in prompts:
+        answers = [random_ids(10, 60) for _ in range(n_answers)]
+        group = []
+        for k, answer in enumerate(answers):
+            if k >= 2:
+                n_same = 3 * len(answers[1]) // 10
+                answer = answers[1][:n_same] + answer[n_same:]
+            group.append(data.Example(prompt + answer + [EOS], len(prompt)))
+        groups.append(group)
+    return groups
 
 
 class Tokenizer:
+    """Stands for a tokenizer where only ids are generated."""
     eos_token_id = EOS
 
-    def batch_decode(self, ids, **_):
+    def batch_decode(self, ids, **options):
         return ids
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # the plain loop
 
 
 def padded(examples, device, left=False):
+    """(ids, attention mask, labels), each (B, T)."""
     width = max(len(e.ids) for e in examples)
-    pad = [width - len(e.ids) for e in examples]
-    ids = [[EOS] * n + e.ids if left else e.ids + [EOS] * n for e, n in zip(examples, pad)]
-    mask = [[0] * n + [1] * len(e.ids) if left else [1] * len(e.ids) + [0] * n for e, n in zip(examples, pad)]
-    labels = [[-100] * e.start + e.ids[e.start:] + [-100] * n for e, n in zip(examples, pad)]
-    return [torch.tensor(x, device=device) for x in (ids, mask, labels)]
+    ids, mask, labels = [], [], []
+    for e in examples:
+        n = width - len(e.ids)
+        real = [1] * len(e.ids)
+        ids.append([EOS] * n + e.ids if left else e.ids + [EOS] * n)
+        mask.append([0] * n + real if left else real + [0] * n)
+        labels.append([-100] * e.start + e.ids[e.start:] + [-100] * n)
+    return [torch.tensor(values, device=device) for values in (ids, mask, labels)]
 
 
 def answer_nll(lm, batch):
     """(B,) summed NLL, (B,) tokens, logits of every position."""
     ids, mask, labels = batch
     logits = lm(input_ids=ids, attention_mask=mask).logits
-    nll = cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+    flat = logits[:, :-1].float().flatten(0, 1)
+    nll = cross_entropy(flat, labels[:, 1:].flatten(), reduction="none").view(len(ids), -1)
     return nll.sum(1), (labels[:, 1:] != -100).sum(1), logits
 
 
-def plain_step(lm, ref, optimizer, loss, window, device, autocast, beta=0.1, micro=8):
+def plain_forget_loss(lm, ref, method, groups, device, beta):
+    """Mean over the answers of one micro-batch."""
+    forget = padded([group[0] for group in groups], device)
+    nll, n, _ = answer_nll(lm, forget)
+    if method == "ga":
+        return (-nll / n).mean()
+    if method == "simnpo":
+        return (-2 / beta * logsigmoid(beta * nll / n)).mean()
+    with torch.no_grad():
+        ref_nll, _, _ = answer_nll(ref, forget)
+    if method == "npo":
+        return (-2 / beta * logsigmoid(beta * (nll - ref_nll))).mean()
+    alternate = padded([group[1] for group in groups], device)
+    win, _, _ = answer_nll(lm, alternate)
+    with torch.no_grad():
+        ref_win, _, _ = answer_nll(ref, alternate)
+    return (-2 / beta * logsigmoid(beta * ((ref_win - win) - (ref_nll - nll)))).mean()
+
+
+def plain_retain_loss(lm, ref, method, groups, device):
+    retain = padded([group[0] for group in groups], device)
+    nll, n, logits = answer_nll(lm, retain)
+    if method == "nll":
+        return nll.sum() / n.sum()
+    with torch.no_grad():
+        _, _, ref_logits = answer_nll(ref, retain)
+    logps = logits.float().log_softmax(-1).flatten(0, 1)
+    ref_logps = ref_logits.float().log_softmax(-1).flatten(0, 1)
+    return kl_div(logps, ref_logps, reduction="batchmean", log_target=True)
+
+
+def plain_step(lm, ref, optimizer, loss, batch, proc, micro_batch, beta=0.1):
     method, retain_method = LOSSES[loss]
-    for i in range(0, len(window["forget"]), micro):
-        forget, retain = (padded(window[k][i:i + micro], device) for k in ("forget", "retain"))
-        with autocast():
-            nll, n, _ = answer_nll(lm, forget)
-            if method in ("npo", "dpo"):
-                with torch.no_grad():
-                    ref_nll, _, _ = answer_nll(ref, forget)
-            if method == "simnpo":
-                part = -2 / beta * logsigmoid(beta * nll / n)
-            elif method == "npo":
-                part = -2 / beta * logsigmoid(beta * (nll - ref_nll))
-            elif method == "dpo":
-                other = padded(window["alternate"][i:i + micro], device)
-                win, _, _ = answer_nll(lm, other)
-                with torch.no_grad():
-                    ref_win, _, _ = answer_nll(ref, other)
-                part = -2 / beta * logsigmoid(beta * ((ref_win - win) - (ref_nll - nll)))
-            else:
-                part = -nll / n
-            retain_nll, m, logits = answer_nll(lm, retain)
-            keep = retain_nll.sum() / m.sum()
-            if retain_method == "kl":
-                with torch.no_grad():
-                    _, _, ref_logits = answer_nll(ref, retain)
-                keep = kl_div(logits.float().log_softmax(-1).flatten(0, 1), ref_logits.float().log_softmax(-1).flatten(0, 1),
-                              reduction="batchmean", log_target=True)
-            total = (part.mean() + keep) * micro / len(window["forget"])
-        total.backward()
+    n = len(batch["forget"])
+    for i in range(0, n, micro_batch):
+        forget, retain = (batch[kind][i:i + micro_batch] for kind in ("forget", "retain"))
+        with proc.autocast():
+            total = plain_forget_loss(lm, ref, method, forget, proc.device, beta)
+            total = total + plain_retain_loss(lm, ref, retain_method, retain, proc.device)
+        (total * len(forget) / n).backward()
     torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
 
 @torch.no_grad()
-def plain_evaluation(lm, asked, new_tokens, device, autocast, batch=16, **stop):
-    with autocast():
-        for k in range(max(map(len, asked))):  # one pass a kind of answer
-            texts = [q[k] for q in asked if k < len(q)]
+def plain_evaluation(lm, groups, new_tokens, proc, batch=16, **stop):
+    with proc.autocast():
+        for k in range(max(map(len, groups))):  # one pass per kind of answer
+            texts = [group[k] for group in groups if k < len(group)]
             for i in range(0, len(texts), batch):
-                answer_nll(lm, padded(texts[i:i + batch], device))
-        for i in range(0, len(asked), batch):
-            ids, mask, _ = padded([data.Example(q[0].ids[:q[0].start], 1) for q in asked[i:i + batch]], device, left=True)
-            lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=EOS, **stop)
+                answer_nll(lm, padded(texts[i:i + batch], proc.device))
+        for i in range(0, len(groups), batch):
+            prompts = [data.Example(g[0].ids[:g[0].start], 1) for g in groups[i:i + batch]]
+            ids, mask, _ = padded(prompts, proc.device, left=True)
+            lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens,
+                        do_sample=False, pad_token_id=EOS, **stop)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# side by side
 
 
 def clock(proc):
@@ -160,77 +186,98 @@ def clock(proc):
     return time.process_time()
 
 
-def set_up(a):
-    torch.set_num_threads(1)
-    proc = models.setup(a.device, a.dtype)
-    torch.manual_seed(0)
-    lm = transformers.LlamaForCausalLM(llama(a.shape)).to(proc.device).eval()
-    rng, vocabulary = random.Random(0), SHAPES[a.shape][5]
-    pairs = questions(a.pairs, 2, vocabulary, rng)
-    window = {"forget": [q[0] for q in pairs], "alternate": [q[1] for q in pairs],
-              "retain": [q[0] for q in questions(a.pairs, 1, vocabulary, rng)]}
-    return proc, lm, window, questions(a.questions, 7, vocabulary, rng)
+def make_batch(a, loss, vocabulary, rng):
+    n_answers = 2 if loss == "dpo" else 1
+    return {"forget": random_questions(a.pairs, n_answers, vocabulary, rng),
+            "retain": random_questions(a.pairs, 1, vocabulary, rng)}
 
 
-def ours(loss, a, proc, lm, window, out, on_score=None):
+def our_run(loss, a, proc, lm, batch, out, evaluate_step=None):
     method, retain = LOSSES[loss]
+    every_step = tuple(range(1, a.rounds + 2))
     c = configs.make(unlearn.Config, dict(
-        benchmark="tofu", template="qa", out=out, forget_loss=method, retain_loss=retain, batch_size=a.pairs, steps=a.rounds + 1,
-        eval_at=tuple(range(1, a.rounds + 2)), micro_batch_tokens=a.micro_batch_tokens, dtype=a.dtype, model=out, compile=a.compile))
-    return unlearn.train(c, proc, models.Scorer(lm), window, on_score, title=loss)
+        benchmark="tofu", template="qa", out=out, model=out, forget_loss=method, retain_loss=retain,
+        batch_size=a.pairs, steps=a.rounds + 1, eval_at=every_step, dtype=a.dtype,
+        micro_batch_tokens=a.micro_batch_tokens, compile=a.compile))
+    return unlearn.train(c, proc, lm, batch, evaluate_step, title=loss)
 
 
-def training(loss, a, proc, lm, window, out):
-    """[(our seconds, theirs)] of each step but the first, turn by turn; and our tokens a second."""
-    mine, theirs = copy.deepcopy(lm), copy.deepcopy(lm).train()
+def training(loss, a, proc, lm, out):
+    """[(our seconds, theirs)] of each step but the first, in turn; then our tokens/s and MFU."""
+    batch = make_batch(a, loss, SHAPES[a.shape][5], random.Random(0))
+    ours, theirs = copy.deepcopy(lm), copy.deepcopy(lm).train()
     ref = copy.deepcopy(lm) if loss in ("npo", "npo+kl", "dpo") else None
-    optimizer, times, began = torch.optim.AdamW(theirs.parameters(), lr=1e-5), [], []
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-5)
+    times, started = [], []
 
-    def turn(step, epoch):
+    def their_turn(step, epoch):
         now = clock(proc)
-        plain_step(theirs, ref, optimizer, loss, window, proc.device, proc.autocast)
-        if began:
-            times.append((now - began.pop(), clock(proc) - now))
-        began.append(clock(proc))
+        plain_step(theirs, ref, optimizer, loss, batch, proc, a.plain_micro_batch)
+        if started:
+            times.append((now - started.pop(), clock(proc) - now))
+        started.append(clock(proc))
         return {}
 
-    rows = ours(loss, a, proc, mine, window, out, turn)
-    steps = [r for r in rows[2:] if "loss" in r]
-    return times[1:], [f"{statistics.median(r[k] for r in steps):.3g}" if k in steps[0] else "-" for k in ("tokens_per_s", "mfu")]
+    rows = our_run(loss, a, proc, ours, batch, out, their_turn)
+    steps = [row for row in rows[2:] if "loss" in row]
+    speed = []
+    for key in ("tokens_per_s", "mfu"):
+        values = [row[key] for row in steps if key in row]
+        speed.append(f"{statistics.median(values):.3g}" if values else "-")
+    return times[1:], speed
+
+
+def evaluation(a, proc, lm):
+    """Both score seven answers per question and generate one greedy answer, on a random model."""
+    groups = random_questions(a.questions, 7, SHAPES[a.shape][5], random.Random(0))
+    prompts = [group[0].ids[:group[0].start] for group in groups]
+    times = []
+    for _ in range(a.rounds):
+        start = clock(proc)
+        models.token_scores(lm, groups, proc, a.micro_batch_tokens)
+        models.generate(lm, Tokenizer(), prompts, a.new_tokens, proc, 4 * a.micro_batch_tokens)
+        middle = clock(proc)
+        plain_evaluation(lm, groups, a.new_tokens, proc)
+        times.append((middle - start, clock(proc) - middle))
+    return times
 
 
 def tofu_evaluation(a, proc):
-    """Both score the same rows of TOFU on a real model, which ends its answers. Ours makes the prompts, too, and ROUGE."""
-    scorer, tokenizer, bench, c, asked = tofu(a, proc)
-    times, stop = [], models.stop_ids(scorer.lm, tokenizer)
+    """Both score the same rows of TOFU with a real model. Ours tokenizes and computes ROUGE too."""
+    c = configs.make(evaluate.Config, dict(
+        benchmark="tofu", subset="forget05", data=a.data, template=a.template, model=a.model,
+        device=a.device, dtype=a.dtype, eval_rows=a.questions,
+        micro_batch_tokens=a.micro_batch_tokens))
+    bench = data.load(c.benchmark, c.subset, c.data, train=False)
+    lm, tokenizer = evaluate.load(c.model, c, proc)
+    template = data.Template(c.template, tokenizer, c.system_prompt, c.date_string)
+    groups = []
+    for rows in bench.evals.values():
+        for row in rows[:a.questions]:
+            answers = [row["answer"], row.get("paraphrased_answer"), *row["perturbed_answer"]]
+            groups.append([template.encode(row, 500, answer) for answer in answers if answer])
+    times = []
     for _ in range(a.rounds):
-        t0 = clock(proc)
-        _, records = evaluate.evaluate(scorer, tokenizer, bench, c, proc)
-        t1 = clock(proc)
-        plain_evaluation(scorer.lm, asked, c.max_new_tokens, proc.device, proc.autocast, eos_token_id=stop)
-        times.append((t1 - t0, clock(proc) - t1))
-    assert len(records) == len(asked)
+        start = clock(proc)
+        _, records = evaluate.evaluate(lm, tokenizer, bench, c, proc)
+        middle = clock(proc)
+        plain_evaluation(lm, groups, c.max_new_tokens, proc,
+                         eos_token_id=models.stop_ids(lm, tokenizer))
+        times.append((middle - start, clock(proc) - middle))
+    assert len(records) == len(groups)
     return times
 
 
-def evaluation(a, proc, lm, asked):
-    scorer, times = models.Scorer(copy.deepcopy(lm)), []
-    texts, prompts = [e for q in asked for e in q], [q[0].ids[:q[0].start] for q in asked]
-    for _ in range(a.rounds):
-        t0 = clock(proc)
-        models.score(scorer, texts, proc, a.micro_batch_tokens)
-        models.generate(scorer.lm, Tokenizer(), prompts, a.new_tokens, proc, 4 * a.micro_batch_tokens)
-        t1 = clock(proc)
-        plain_evaluation(lm, asked, a.new_tokens, proc.device, proc.autocast)
-        times.append((t1 - t0, clock(proc) - t1))
-    return times
+def table_row(name, times, speed=("-", "-")):
+    ours, theirs = zip(*times)
+    ratios = [theirs / ours for ours, theirs in times]
+    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    seconds = [f"{statistics.median(column):.2f}" for column in (ours, theirs)]
+    return f"| {' | '.join([name, *seconds, ratio, *speed])} |"
 
 
-def row(name, times, more=()):
-    mine, theirs = zip(*times)
-    ratios = [t / m for m, t in times]
-    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    return f"| {name} | {statistics.median(mine):.2f} | {statistics.median(theirs):.2f} | {spread} |" + "".join(f" {m} |" for m in more)
+# ------------------------------------------------------------------------------------------------
+# memory
 
 
 def peak_gb():
@@ -238,63 +285,103 @@ def peak_gb():
     return int(text.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
+def memory_table(a):
+    """One process per loss, for a peak is never given back."""
+    print("| loss | peak GB above the start |\n|---|---|", flush=True)
+    for loss in ("simnpo", "npo", "dpo", "npo+kl", "plain simnpo"):
+        words = [f"--measure={loss}"]
+        for name in ("shape", "dtype", "pairs", "rounds", "micro_batch_tokens",
+                     "plain_micro_batch"):
+            words.append(f"--{name}={getattr(a, name)}")
+        subprocess.run([sys.executable, __file__, *words], check=True)
+
+
+def measure(a, proc, lm, out):
+    """The peak of one of our runs, or of the plain loop."""
+    loss = a.measure.removeprefix("plain ")
+    batch = make_batch(a, loss, SHAPES[a.shape][5], random.Random(0))
+    before = peak_gb()
+    if a.measure == loss:
+        our_run(loss, a, proc, lm, batch, out)
+    else:
+        optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-5)
+        for _ in range(a.rounds):
+            plain_step(lm, None, optimizer, loss, batch, proc, a.plain_micro_batch)
+    print(f"| {a.measure} | {peak_gb() - before:.2f} |", flush=True)
+
+
 def plan_table():
-    print("| model | GPUs | --parallel | batch | weights | gradients | optimizer | activations | logits | GB a GPU |\n" + "|---" * 10 + "|")
-    chunk, answers = [data.Example([1] * 2048, 1)], [data.Example([1] * 128, 64)] * 32
+    """What --plan=True says of 1B, 7B and 13B models in bfloat16."""
+    head = ["model", "GPUs", "--parallel", "largest micro-batch", "weights", "gradients",
+            "optimizer", "activations", "logits", "GB per GPU"]
+    print(f"| {' | '.join(head)} |\n" + "|---" * len(head) + "|")
+    chunk = [[data.Example([1] * 2048, 1)]]
+    answers = [[data.Example([1] * 128, 64)] for _ in range(32)]
+    batches = [("32 answers of 128 tokens", answers, False),
+               ("a chunk of 2048 tokens, checkpointed", chunk, True)]
     for shape in ("1b", "7b", "13b"):
         with tempfile.TemporaryDirectory() as path:
             llama(shape).save_pretrained(path)
-            for label, batch, checkpointing in (("32 answers of 128 tokens", answers, False), ("a chunk of 2048 tokens", chunk, True)):
-                c = configs.make(unlearn.Config, dict(dtype="bf16", activation_checkpointing=checkpointing))
+            for label, groups, checkpointing in batches:
+                settings = dict(dtype="bf16", activation_checkpointing=checkpointing)
+                c = configs.make(unlearn.Config, settings)
                 for world, parallel in ((1, "ddp"), (8, "ddp"), (8, "fsdp")):
-                    needs = models.memory_plan(path, c, models.Process(0, world, torch.device("cpu"), "bf16", parallel), [[e] for e in batch], False)
-                    print(f"| {shape.upper()} | {world} | {parallel if world > 1 else '-'} | {label}"
-                          f"{', checkpointed' if checkpointing else ''} | " + " | ".join(f"{v:.1f}" for v in needs.values()) +
-                          f" | {sum(needs.values()):.0f} |")
+                    proc = models.Process(0, world, torch.device("cpu"), "bf16", parallel)
+                    needs = models.memory_plan(path, c, proc, groups, False)
+                    cells = [shape.upper(), str(world), parallel if world > 1 else "-", label]
+                    cells += [f"{gb:.1f}" for gb in needs.values()]
+                    print(f"| {' | '.join(cells)} | {sum(needs.values()):.0f} |")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="small")
+    add("--device", default="cpu")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32")
+    add("--pairs", type=int, default=16, help="forget (and retain) answers per step")
+    add("--questions", type=int, default=16, help="of the evaluation, seven answers each")
+    add("--new_tokens", type=int, default=40, help="generated per answer")
+    add("--rounds", type=int, default=5)
+    add("--losses", default=",".join(LOSSES) + ",evaluation")
+    add("--micro_batch_tokens", type=int, default=evaluate.Config.micro_batch_tokens)
+    add("--plain_micro_batch", type=int, default=8, help="forget and retain answers, plain loop")
+    add("--model", help="a real model, for --losses=tofu: a hub id or a directory")
+    add("--data", default="locuslab/TOFU", help="... and TOFU, a hub id or a directory")
+    add("--template", default="chat", help="... and its template")
+    add("--compile", action="store_true")
+    add("--memory", action="store_true", help="peak memory, one process per loss")
+    add("--plan", action="store_true", help="the table of what 1B, 7B and 13B take")
+    add("--measure", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--pairs", type=int, default=16, help="forget (and retain) answers a step")
-    parser.add_argument("--questions", type=int, default=16, help="questions of the evaluation, seven answers each")
-    parser.add_argument("--new_tokens", type=int, default=40, help="generated an answer; a random model never stops by itself")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--losses", default=",".join(LOSSES) + ",evaluation")
-    parser.add_argument("--micro_batch_tokens", type=int, default=4096)
-    parser.add_argument("--model", help="a real model, for --losses=tofu: a hub id or a directory")
-    parser.add_argument("--data", default="locuslab/TOFU", help="... and TOFU, a hub id or a directory")
-    parser.add_argument("--template", default="chat", help="... and how it is asked")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--memory", action="store_true", help="peak memory of our loop, one process a loss")
-    parser.add_argument("--plan", action="store_true", help="the table of what 1B, 7B and 13B take")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    a = parser.parse_args()
+    a = arguments()
     if a.plan:
         return plan_table()
     if a.memory:
-        print("| loss | peak GB above the start |\n|---|---|", flush=True)
-        for loss in ("simnpo", "npo", "dpo", "npo+kl"):
-            words = [f"--{k}={v}" for k, v in vars(a).items() if v and k not in ("memory", "plan", "compile")]
-            subprocess.run([sys.executable, __file__, *words, f"--measure={loss}"], check=True)
-        return None
-    proc, lm, window, asked = set_up(a)
+        return memory_table(a)
+    torch.set_num_threads(1)
+    proc = models.setup(a.device, a.dtype)
+    torch.manual_seed(0)
+    lm = models.place(transformers.LlamaForCausalLM(llama(a.shape)), proc)
+    lm.row_limit = models.row_limit(lm)
     with tempfile.TemporaryDirectory() as out:
         if a.measure:
-            before = peak_gb()
-            ours(a.measure, a, proc, lm, window, out, lambda *_: {})
-            return print(f"| {a.measure} | {peak_gb() - before:.2f} |", flush=True)
-        print(f"| {a.model or a.shape}, {a.dtype} on {proc.gpu or 'CPU'} | ours, s | plain, s | ratio, median (min to max) | tokens/s | MFU |\n" +
-              "|---" * 6 + "|", flush=True)
+            return measure(a, proc, lm, out)
+        where = f"{a.model or a.shape}, {a.dtype} on {proc.gpu or 'CPU'}"
+        head = [where, "ours, s", "plain, s", "ratio, median (min to max)", "tokens/s", "MFU"]
+        print(f"| {' | '.join(head)} |\n" + "|---" * len(head) + "|", flush=True)
         for loss in a.losses.split(","):
             if loss == "tofu":
-                print(row("TOFU evaluation", tofu_evaluation(a, proc), ("-", "-")), flush=True)
+                line = table_row("TOFU evaluation", tofu_evaluation(a, proc))
             elif loss == "evaluation":
-                print(row(loss, evaluation(a, proc, lm, asked), ("-", "-")), flush=True)
+                line = table_row("evaluation", evaluation(a, proc, lm))
             else:
-                print(row(loss, *training(loss, a, proc, lm, window, out)), flush=True)
+                line = table_row(loss, *training(loss, a, proc, lm, out))
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
