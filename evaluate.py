@@ -715,6 +715,8 @@ def read_log(path: str) -> list[dict]:
     text = data.read_text(path)
     try:
         records = parse_log(text)
+        if not records:
+            raise ValueError("it holds no scored examples")
         for i, record in enumerate(records, 1):
             check_record(record, i)
         return records

@@ -7,10 +7,10 @@
     python relearn.py org/model --benchmark=tofu --model=org/target --retain_model=org/retain
 
 The retain model, which never saw any of it, is attacked the same way, once: what it learns is no
-memory coming back. Several runs are attacked with the first one's settings (lr, template, ...), each
-against its own target and retain model. A run's rows go to its relearn.json, its table to
-relearn.md and .csv, its curves to relearn.png (or below --out); the table over several runs to
-out/relearn.md and .csv (or in --out).
+memory coming back. Several runs are attacked with the first one's settings, each against its own
+target and retain model. A run's rows go to its relearn.json, its table to relearn.md and .csv, its
+curves to relearn.png (or below --out); the table over several runs to out/relearn.md and .csv (or
+in --out).
 """
 import dataclasses
 import json
@@ -31,7 +31,7 @@ from configs import UsageError, rundir
 @dataclasses.dataclass(frozen=True)
 class Attack(configs.Settings):
     """attack"""
-    attacks: tuple[str, ...] = ("relearn_random",)  # or _shortest, _longest; int8, int4, nf4, fp4, paraphrase, audits  # noqa: E501
+    attacks: tuple[str, ...] = ("relearn_random",)  # ..., int4: any of the table ATTACKS
     fraction: float = 0.2  # relearn: share of the forget examples that is learned again
     examples: int | None = None  # relearn: how many, as a number
     relearn_data: str | None = None  # relearn: fine-tune on these rows instead (benign data)

@@ -336,7 +336,7 @@ class Method(configs.Settings):
     retain_loss: str = "nll"  # a line of RETAIN
     forget_weight: float = 1.0
     retain_weight: float = 1.0
-    beta: float = 0.1  # inverse temperature of npo, simnpo, dpo, altpo, tnpo, wtnpo; wga's exponent; undial's lowered logit  # noqa: E501
+    beta: float = 0.1  # inverse temperature; wga: exponent; undial: by how much a logit is lowered
     gamma: float = 0.0  # simnpo: the paper's margin, outside beta
     alpha: float = 1.5  # wtnpo: exponent
     beta1: float = 5.0  # satimp: saturation exponent

@@ -251,7 +251,7 @@ def comments_of(group) -> dict:
     """{setting: the comment behind it} of one class."""
     found = {}
     for line in inspect.getsource(group).splitlines():
-        setting = re.match(r"    (\w+): [^#]*(?:  # (.*?))?(?:  # noqa.*)?$", line)
+        setting = re.match(r"    (\w+): [^#]*(?:  # (.*))?$", line)
         if setting:
             found[setting[1]] = setting[2] or ""
     return found
@@ -450,10 +450,9 @@ def as_csv(tables: dict) -> str:
 def as_markdown(tables: dict, arrows: dict) -> str:
     text = []
     for title, rows in tables.items():
-        head, *body = cells(rows, arrows)
-        lines = [head, ["---"] * len(head), *body]
-        grid = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        text.append(f"{title}\n\n{grid}\n")
+        head, *body = [f"| {' | '.join(line)} |" for line in cells(rows, arrows)]
+        rule = "|---" * (head.count(" | ") + 1) + "|"
+        text.append("\n".join([f"{title}\n", head, rule, *body]) + "\n")
     return "\n".join(text)
 
 

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 
-from configs import Failure, UsageError, read_json, write
+from configs import Failure, UsageError, groups, read_json, write
 
 # ------------------------------------------------------------------------------------------------
 # files
@@ -159,9 +159,9 @@ class RunDirectory:
     def differences(self, existing: dict) -> list[str]:
         """Settings that make a different run of it; one younger than the run had its default."""
         ignored = set()
-        for group in type(self.c).__mro__:
-            if dataclasses.is_dataclass(group) and not group.changes_result:
-                ignored |= {field.name for field in dataclasses.fields(group)}
+        for group in groups(type(self.c)):
+            if not vars(group).get("changes_result", True):
+                ignored |= set(group.__annotations__)
         found = []
         settings = json.loads(json.dumps(dataclasses.asdict(self.c)))
         for name, value in settings.items():

@@ -84,12 +84,12 @@ def flags(mini, **more):
 
 def stopped(argv, monkeypatch):
     """A run that ends after its first checkpoint."""
-    real = models.checkpoint
+    real = models.save_checkpoint
 
     def stop(*args):
         real(*args)
         raise KeyboardInterrupt
-    monkeypatch.setattr(models, "checkpoint", stop)
+    monkeypatch.setattr(models, "save_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
         unlearn.main(argv)
     monkeypatch.undo()

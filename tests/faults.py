@@ -6,7 +6,7 @@
 
 `kill`: the run is killed (SIGKILL, every process of it) at a random moment between its first training step and its end, and
 started again with --resume=True; models, scores, examples and logs must be those of the run that nothing happened to, bit by bit.
-`nonsense`: each case is scored to finite numbers or refused with a sentence of ours (Mistake, Failure); any other exception is
+`nonsense`: each case is scored to finite numbers or refused with a sentence of ours (UsageError, Failure); any other exception is
 one that a user would have seen as a traceback. A seed gives the same moments (as fractions of a run) and the same cases.
 """
 import contextlib
@@ -285,11 +285,12 @@ class Bench:
         lm = models.tiny_llama(self.tokenizer, self.proc, 0, hidden=16, layers=1, heads=1)
         models.save_model(lm, self.tokenizer, str(place / "model"))
         models.save_model(models.tiny_llama(self.tokenizer, self.proc, 1, hidden=16, layers=1, heads=1), self.tokenizer, str(place / "retain"))
-        self.scorer = models.Scorer(lm)
+        lm.row_limit = models.row_limit(lm)
+        self.lm = lm
         self.config = configs.make(evaluate.Config, {"benchmark": "tofu", "subset": "forget05", "template": "qa", "max_new_tokens": 2})
         self.rows = rows_of(4, rng, 2, True)
         bench = unlearn.data.load("tofu", "forget05", str(place / "data"))
-        self.records = evaluate.evaluate(self.scorer, self.tokenizer, bench, self.config, self.proc)[1]
+        self.records = evaluate.evaluate(self.lm, self.tokenizer, bench, self.config, self.proc)[1]
         story = " ".join(r["question"] + " " + r["answer"] for r in self.rows)
         qa, texts = [{k: r[k] for k in ("question", "answer")} for r in self.rows[:2]], [story, story[9:]]
         self.muse = {"raw/forget": [story], "raw/retain1": [story], "privleak/forget": texts, "privleak/holdout": texts,
@@ -297,7 +298,7 @@ class Bench:
                      "knowmem/forget_qa_icl": qa, "knowmem/retain_qa_icl": qa}
 
     def score(self, bench, **more):
-        return evaluate.evaluate(self.scorer, self.tokenizer, bench, dataclasses.replace(self.config, **more), self.proc)[0]
+        return evaluate.evaluate(self.lm, self.tokenizer, bench, dataclasses.replace(self.config, **more), self.proc)[0]
 
     def own_rows(self, rng):
         """Rows to unlearn, and alternates for them."""
@@ -308,7 +309,7 @@ class Bench:
         if method == "altpo":
             given["alternates"] = str(put(self.place / "alternates.jsonl", [{"question": r["question"], "alternate": "No."} for r in self.rows], rng))
         c = configs.make(unlearn.Config, given)
-        unlearn.encode_sets(c, self.tokenizer, self.proc, forget=bench.forget, retain=bench.retain)
+        unlearn.encode_groups(c, self.tokenizer, self.proc, forget=bench.forget, retain=bench.retain)
         return self.score(bench, max_length=c.max_length)
 
     def tofu_data(self, rng):
@@ -334,7 +335,7 @@ class Bench:
                 Prob={"avg_loss": 1.0}, PARA_Prob={"avg_loss": 1.0}, PERT_Prob={"avg_loss": [2.0]}, ROUGE={"rougeL_recall": 1.0, "generation": "a"}).items()})
         log = rng.choice(kinds)
         retain = rng.choice((log, log, *kinds))
-        read = [unlearn.data.read_log(str(put(self.place / f"{n}{rng.choice(('.json', '.jsonl'))}", x, r)))
+        read = [evaluate.read_log(str(put(self.place / f"{n}{rng.choice(('.json', '.jsonl'))}", x, r)))
                 for n, x, r in (("log", log, rng), ("kept", retain, rng.choice((rng, None))))]
         benchmark = rng.choice(("tofu", "tofu", "tofu", "muse", "markov"))
         return evaluate.summarize(read[0], read[1], configs.make(evaluate.Config, {"benchmark": benchmark}))
@@ -398,7 +399,7 @@ def nonsense(cases=2000, seed=0, say=print):
                     if scores and not all(isinstance(v, float) and math.isfinite(v) for v in scores.values()):
                         raise ValueError(f"scores that are not finite: {scores}")
                     counts[kind.__name__] = counts.get(kind.__name__, 0) + 1
-                except (configs.Mistake, configs.Failure) as e:
+                except (configs.UsageError, configs.Failure) as e:
                     refused[kind.__name__] = refused.get(kind.__name__, 0) + 1
                     if not str(e).strip() or "Error" in str(e)[:30]:
                         tracebacks.append((i, kind.__name__, f"no sentence: {str(e)[:300]}"))

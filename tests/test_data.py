@@ -12,7 +12,7 @@ import configs
 import data
 import evaluate
 import model as models
-from configs import Mistake
+from configs import UsageError
 
 TEXT = ["Question: What did Ada write? Answer: She wrote poems, 12 novels and a play.", "[INST] [/INST] system user assistant",
         "You are a helpful assistant. Who was born in Zurich? It's Émile.", "Yes No Paris 1984"] * 3
@@ -114,9 +114,8 @@ def test_padding_is_never_seen_and_masks_come_from_lengths_even_where_pad_is_eos
     template = data.Template("chat", tokenizer, "You are a helpful assistant.", "10 Apr 2025")
     examples = [template.encode({"question": q, "answer": a}, 500) for q, a in (("Who?", "Yes"), ("What did Ada write?", "poems " * 20))]
     assert examples[0].ids[:examples[0].start].count(tokenizer.eos_token_id) > 0
-    scorer = models.Scorer(lm)
-    ids, places, _, counts, _ = models.collate([[e] for e in examples], "cpu")
-    for e, together in zip(examples, scorer(ids, places)[0].split(counts)):
+    scores = models.score(lm, [[e] for e in examples], "cpu")
+    for e, together in zip(examples, scores.logits.split(scores.lengths)):
         alone = lm(torch.tensor([e.ids])).logits[0, e.start - 1:-1]
         assert torch.allclose(alone, together, atol=1e-5)
 
@@ -185,7 +184,7 @@ def test_files_may_be_json_lines_an_array_or_plain_text(tmp_path):
 ])
 def test_a_bad_file_is_one_sentence_with_file_row_and_column(tmp_path, name, content, sentence):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(Mistake) as e:
+    with pytest.raises(UsageError) as e:
         data.read_own(str(tmp_path / name))
     assert sentence in str(e.value) and "\n" not in str(e.value)
 
@@ -193,10 +192,10 @@ def test_a_bad_file_is_one_sentence_with_file_row_and_column(tmp_path, name, con
 def test_a_tokenizer_without_eos_or_chat_template_is_refused():
     tokenizer = TOKENIZERS["zephyr"][0]()
     tokenizer.chat_template = None
-    with pytest.raises(Mistake, match="has no chat template; write --template=qa"):
+    with pytest.raises(UsageError, match="has no chat template; write --template=qa"):
         data.check_tokenizer(tokenizer, "some/model", "chat")
     tokenizer.eos_token = None
-    with pytest.raises(Mistake, match="has no EOS token"):
+    with pytest.raises(UsageError, match="has no EOS token"):
         data.check_tokenizer(tokenizer, "some/model")
 
 
@@ -205,5 +204,5 @@ def test_a_tokenizer_with_more_entries_than_the_model_embeds_is_refused(mini, tm
     tokenizer = models.load_tokenizer(str(mini / "target"))
     tokenizer.add_tokens(["<more>"])
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(Mistake, match="tokenizer has 1201 entries but the model embeds only 1200"):
+    with pytest.raises(UsageError, match="tokenizer has 1201 entries but the model embeds only 1200"):
         evaluate.load(str(mini / "target"), c, models.Process(0, 1, torch.device("cpu")))

@@ -20,7 +20,7 @@ import data
 import evaluate
 import model as models
 import unlearn
-from configs import Mistake
+from configs import UsageError
 
 PROC = models.Process(0, 1, torch.device("cpu"))
 KEYS = {"forget_quality", "model_utility"} | {f"{s}_{k}" for s in ("forget", "retain", "real_authors", "world_facts")
@@ -120,8 +120,8 @@ def test_logs_of_all_three_formats_give_the_same_scores(mini, tmp_path):
     evaluate.main([str(mini / "target"), *eval_flags(mini, out=tmp_path / "ours")])
     records = [json.loads(line) for line in (tmp_path / "ours" / "examples.jsonl").read_text().splitlines()]
     tofu, listed, other = {}, {}, {}
-    short = {v: k for k, v in data.OPEN_UNLEARNING_LOG.items()}
-    for file, name in data.TOFU_LOG.items():
+    short = {v: k for k, v in evaluate.OPEN_UNLEARNING_LOG.items()}
+    for file, name in evaluate.TOFU_LOG.items():
         rows = [r for r in records if r["set"] == name]
         columns = {"avg_gt_loss": [r["nll"] for r in rows], "rougeL_recall": [r["rougeL_recall"] for r in rows],
                    "avg_paraphrased_loss": [r.get("paraphrased_nll", r["nll"]) for r in rows],
@@ -148,8 +148,8 @@ def test_logs_of_all_three_formats_give_the_same_scores(mini, tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "{}", "{\"a\": 1}", "not json", "[1, 2]", "{\"eval_log_forget.json\": {\"avg_gt_loss\": [1.0]}}"])
 def test_a_file_that_is_no_log_is_refused_with_one_sentence(tmp_path, text):
     (tmp_path / "log.json").write_text(text)
-    with pytest.raises(Mistake, match="not a log this can read"):
-        data.read_log(str(tmp_path / "log.json"))
+    with pytest.raises(UsageError, match="not a log this can read"):
+        evaluate.read_log(str(tmp_path / "log.json"))
 
 
 # -- models
@@ -224,47 +224,34 @@ def test_greedy_answers_are_hugging_faces_however_much_of_them_is_known_and_all_
         monkeypatch.setattr(lm, "forward", counted)
         for known in (0, 5, 12, 99):
             tokens.clear()
-            assert models.generate(lm, tokenizer, prompts, 12, PROC, 10**6, begun=[w[:known] for w in whole[-4:]]) == texts
+            assert models.generate(lm, tokenizer, prompts, 12, PROC, 10**6, known=[w[:known] for w in whole[-4:]]) == texts
             assert bool(tokens) == (known < 12) and (not n or not tokens or tokens[0] == 18)
         monkeypatch.undo()
     assert len({*map(tuple, whole)}) > 4
 
 
-def test_the_last_rows_of_a_batch_wait_for_those_of_the_others_and_end_as_alone(mini, monkeypatch):
-    """Twelve answers of which 0 to 19 of 20 tokens are known, so that they end at different times, in batches of a few rows."""
-    lm, tokenizer = models.load_model(str(mini / "target"), PROC), models.load_tokenizer(str(mini / "target"))
-    prompts = [list(range(40, 41 + 2 * k)) for k in range(12)]
-    alone = [models.continue_batch(lm, [p], [20], [], PROC)[0] for p in prompts]
-    rounds, real = [], models.continue_batch
-    monkeypatch.setattr(models, "continue_batch", lambda lm, prompts, *args: rounds.append((len(prompts), args[-1])) or real(lm, prompts, *args))
-    begun = [whole[:k * 7 % 20] for k, whole in enumerate(alone)]
-    assert models.generate(lm, tokenizer, prompts, 20, PROC, 300, begun=begun) == tokenizer.batch_decode(alone, skip_special_tokens=True)
-    first, *later = [few for _, few in rounds]
-    assert first > 0 and later[-1] == 0 and sum(rows for rows, _ in rounds) > len(prompts)  # some were in two batches
-
-
 def test_an_answer_that_the_model_would_give_itself_is_not_generated_again(mini, tmp_path, monkeypatch):
     """Rows hold the model's own greedy answers, or the first half of them: known from scoring; texts and scores stay the same."""
     c = configs.make(evaluate.Config, dict(benchmark="tofu", template="qa", max_new_tokens=12))
-    scorer, tokenizer = evaluate.load(str(mini / "target"), c, PROC)
+    lm, tokenizer = evaluate.load(str(mini / "target"), c, PROC)
     rows = data.read_rows(str(mini / "data" / "forget05_perturbed.jsonl"))
     template, real, begun = data.Template("qa", tokenizer), models.generate, []
     for i, row in enumerate(rows):
-        text = real(scorer.lm, tokenizer, [template.prompt_ids(row["question"])], 12, PROC, 10**6)[0]
+        text = real(lm, tokenizer, [template.prompt_ids(row["question"])], 12, PROC, 10**6)[0]
         row["answer"] = text.strip() if i % 2 else text.strip()[:len(text) // 2] + " harbor"
     bench = data.Benchmark([], [], {"forget": rows})
     monkeypatch.setattr(models, "generate", lambda *args: begun.extend(args[-1]) or real(*args))
-    kept = evaluate.record_qa(scorer, tokenizer, bench, c, PROC)
+    kept = evaluate.record_qa(lm, tokenizer, bench, c, PROC)
     monkeypatch.setattr(models, "generate", lambda *args: real(*args[:-1]))
-    assert kept == evaluate.record_qa(scorer, tokenizer, bench, c, PROC)
+    assert kept == evaluate.record_qa(lm, tokenizer, bench, c, PROC)
     assert sum(map(bool, begun)) > 3 and max(map(len, begun)) > 5
 
 
 def test_a_finished_row_leaves_the_batch_and_stops_at_any_of_the_models_eos_ids(mini):
     lm = models.load_model(str(mini / "target"), PROC)
-    free = models.continue_batch(lm, [[5, 6, 7], [9]], [6, 4], [], PROC)
+    free = models.continue_prompts(lm, [[5, 6, 7], [9]], [6, 4], [], PROC)
     assert [len(n) for n in free] == [6, 4]
-    stopped = models.continue_batch(lm, [[5, 6, 7], [9]], [6, 6], [free[0][2]], PROC)
+    stopped = models.continue_prompts(lm, [[5, 6, 7], [9]], [6, 6], [free[0][2]], PROC)
     assert stopped[0] == free[0][:free[0].index(free[0][2]) + 1]
     tokenizer = models.load_tokenizer(str(mini / "target"))
     lm.generation_config.eos_token_id = [4, 7]
@@ -303,17 +290,17 @@ def test_what_cannot_be_scored_is_said_in_one_sentence(mini, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     paths = {n: str(mini / n) for n in ("target", "retain", "data")}
     base = ["--benchmark=tofu", "--subset=forget05", f"--data={mini / 'data'}", "--template=qa", "--device=cpu"]
-    with pytest.raises(Mistake, match=sentence):
+    with pytest.raises(UsageError, match=sentence):
         evaluate.main(base + [a.format(**paths) for a in argv])
 
 
 def test_a_retain_log_of_other_questions_is_refused(mini, tmp_path):
     evaluate.main([str(mini / "retain"), *eval_flags(mini, out=tmp_path / "r", retain_model=mini / "target")])
     path = tmp_path / "r" / "examples.jsonl"
-    with pytest.raises(Mistake, match="12 forget examples and the model 4"):
+    with pytest.raises(UsageError, match="12 forget examples and the model 4"):
         evaluate.main([str(mini / "target"), *eval_flags(mini, out=tmp_path / "x", eval_rows=4, retain_log=path)])
     path.write_text(path.read_text().replace("What does", "Why does"))
-    with pytest.raises(Mistake, match="scored on other questions"):
+    with pytest.raises(UsageError, match="scored on other questions"):
         evaluate.main([str(mini / "target"), *eval_flags(mini, out=tmp_path / "x", retain_log=path)])
 
 
@@ -425,12 +412,12 @@ def test_runs_of_different_templates_are_not_scored_alike_unasked_and_no_run_los
     monkeypatch.chdir(tmp_path)
     for name, template in (("a", "qa"), ("b", "llama2")):
         unlearn.main(flags(mini, out=f"out/{name}", template=template, steps=1))
-    with pytest.raises(Mistake, match="out/a: template qa, out/b: template llama2; give --template="):
+    with pytest.raises(UsageError, match="out/a: template qa, out/b: template llama2; give --template="):
         evaluate.main(["out/a", "out/b"])
     evaluate.main(["out/a", "out/b", "--template=qa", "--out=out/both"])
     assert (tmp_path / "out" / "both" / "comparison.png").exists()
     shutil.copytree(mini / "target", tmp_path / "elsewhere" / "a")
-    with pytest.raises(Mistake, match="its scores would go to out/a, which holds a run; give --out"):
+    with pytest.raises(UsageError, match="its scores would go to out/a, which holds a run; give --out"):
         evaluate.main(["elsewhere/a", *eval_flags(mini)])
 
 

@@ -18,7 +18,7 @@ import configs
 import evaluate
 import model as models
 import unlearn
-from configs import Failure, Mistake
+from configs import Failure, UsageError, rundir
 
 KEYS = ("step", "epoch", "lr", "loss", "forget_loss", "retain_loss", "grad_norm")
 
@@ -33,7 +33,7 @@ def assert_same_run(a, b):
     assert (a / "scores.json").read_text() == (b / "scores.json").read_text()
     left, right = weights(a), weights(b)
     assert all(torch.equal(left[k], right[k]) for k in left)
-    assert not any((b / name).exists() for name in configs.CHECKPOINTS)
+    assert not any((b / name).exists() for name in rundir.CHECKPOINTS)
 
 
 LONG = dict(forget_loss="npo", steps=40, save_every=1, eval_every=5)
@@ -57,21 +57,20 @@ def test_a_run_that_is_stopped_saves_and_goes_on_to_the_very_same_end(mini, tmp_
     said = run.communicate()[1]
     assert run.returncode == 143 and "--resume=True goes on" in said and "Traceback" not in said
     assert (out / "checkpoint" / "state.pt").exists() and not (out / "model.safetensors").exists()
-    with pytest.raises(Mistake, match="unfinished; --resume=True"):
+    with pytest.raises(UsageError, match="unfinished; --resume=True"):
         unlearn.main(flags(mini, out=out, **LONG))
     unlearn.main(flags(mini, out=out, resume=True, **LONG))
     assert_same_run(whole, out)
 
 
 def test_ctrl_c_finishes_the_step_saves_and_exits_with_130(mini, tmp_path, whole, monkeypatch):
-    calls, real = [], models.collate
+    real = unlearn.check_finite
 
-    def collate(*args):
-        calls.append(1)
-        if len(calls) == 9:
+    def press_ctrl_c(step, *args):
+        if step == 8:
             signal.raise_signal(signal.SIGINT)
-        return real(*args)
-    monkeypatch.setattr(models, "collate", collate)
+        real(step, *args)
+    monkeypatch.setattr(unlearn, "check_finite", press_ctrl_c)
     with pytest.raises(Failure, match="stopped after step . of 40 and saved; .*--resume=True goes on") as e:
         unlearn.main(flags(mini, out=tmp_path / "a", **LONG | {"save_every": 0}))
     assert e.value.status == 130
@@ -121,14 +120,13 @@ def test_a_run_of_two_processes_that_was_killed_goes_on_with_one(mini, tmp_path,
 ONE_RANK_FAILS = """
 import os, sys
 sys.path.insert(0, sys.argv.pop(1))
-import configs, model, unlearn
-real, calls = model.collate, []
-def collate(*args):
-    calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == 6:
+import configs, unlearn
+real = unlearn.check_finite
+def check_finite(step, *args):
+    if os.environ["RANK"] == "1" and step == 6:
         raise MemoryError("no memory left on this rank.")
-    return real(*args)
-model.collate = collate
+    real(step, *args)
+unlearn.check_finite = check_finite
 configs.run(unlearn.main)
 """
 
@@ -238,7 +236,7 @@ def test_what_another_run_left_is_gone_even_if_the_kill_came_before_it_was_remov
 
     def cut_off(out):
         raise KeyboardInterrupt
-    monkeypatch.setattr(configs, "results", cut_off)
+    monkeypatch.setattr(rundir, "results", cut_off)
     with pytest.raises(KeyboardInterrupt):
         unlearn.main(flags(mini, out=out, overwrite=True))
     monkeypatch.undo()
@@ -267,7 +265,7 @@ def test_the_target_of_a_run_that_was_killed_is_taken_only_when_it_is_finished(t
 
 def test_scores_never_go_into_the_directory_of_another_run(mini, tmp_path):
     unlearn.main(flags(mini, out=tmp_path / "a"))
-    with pytest.raises(Mistake, match="its scores would go to .*a, which holds a run"):
+    with pytest.raises(UsageError, match="its scores would go to .*a, which holds a run"):
         evaluate.main([str(mini / "target"), f"--out={tmp_path / 'a'}", "--benchmark=tofu", f"--retain_model={mini / 'retain'}", "--template=qa"])
     assert not (tmp_path / "a" / "scores.json").exists()
 
@@ -303,14 +301,14 @@ def test_an_out_that_cannot_be_written_is_a_sentence_before_any_model_is_loaded(
     monkeypatch.setattr(models, "load_model", None)
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "run", "/proc/run"):  # what is below /proc nobody can write, root neither
-        with pytest.raises(Mistake, match="cannot be written"):
+        with pytest.raises(UsageError, match="cannot be written"):
             unlearn.main(flags(mini, out=out))
-        with pytest.raises(Mistake, match="cannot be written"):
+        with pytest.raises(UsageError, match="cannot be written"):
             evaluate.main([str(mini / "target"), f"--retain_model={mini / 'retain'}", "--benchmark=tofu", f"--out={out}"])
     folder = tmp_path / "theirs"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    with pytest.raises(Mistake, match="holds config.json, and no run.json of a run of this project"):
+    with pytest.raises(UsageError, match="holds config.json, and no run.json of a run of this project"):
         unlearn.main(flags(mini, out=folder))
 
 

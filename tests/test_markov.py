@@ -14,7 +14,7 @@ import evaluate
 import model as models
 import relearn
 import unlearn
-from configs import Mistake
+from configs import UsageError
 
 spec = importlib.util.spec_from_file_location("plot", ROOT / "configs" / "results" / "markov" / "plot.py")
 plot = importlib.util.module_from_spec(spec)
@@ -96,9 +96,9 @@ def test_the_tokenizer_knows_the_ten_states_and_nothing_else():
 
 
 def test_what_needs_the_true_chains_is_refused():
-    with pytest.raises(Mistake, match="need the true chains"):
+    with pytest.raises(UsageError, match="need the true chains"):
         configs.load(unlearn.Config, ["--benchmark=markov", f"--forget_data={__file__}"])
-    with pytest.raises(Mistake, match="no attack on Markov chains"):
+    with pytest.raises(UsageError, match="no attack on Markov chains"):
         configs.load(relearn.Config, ["--benchmark=markov"])
 
 

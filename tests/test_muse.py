@@ -15,7 +15,7 @@ import evaluate
 import model as models
 import relearn
 import unlearn
-from configs import Mistake
+from configs import UsageError
 
 PROC = models.Process(0, 1, torch.device("cpu"))
 SCORES = ("verbmem_f", "knowmem_f", "knowmem_r", "privleak")
@@ -194,7 +194,7 @@ def test_a_retain_log_serves_as_the_retain_model_and_a_log_of_another_benchmark_
     log = muse / "out" / "table" / "retain" / "examples.jsonl"
     evaluate.main(["out/run/examples.jsonl", "--benchmark=muse", f"--retain_log={log}", "--out=out/again"])
     assert scores_of(muse / "out" / "again") == run["run"]
-    with pytest.raises(Mistake, match="not of --benchmark=tofu; give the log's own benchmark"):
+    with pytest.raises(UsageError, match="not of --benchmark=tofu; give the log's own benchmark"):
         evaluate.main(["out/run/examples.jsonl", "--benchmark=tofu", f"--retain_log={log}", "--out=out/no"])
 
 
@@ -231,7 +231,7 @@ def test_every_method_for_long_text_trains_and_a_step_does_not_depend_on_micro_b
 
 
 def chunks(tokenizer, text, length):
-    return [row["ids"] for row in data.Template("qa", tokenizer).parts({"raw": text}, length)]
+    return [row["ids"] for row in data.Template("qa", tokenizer).split_text({"raw": text}, length)]
 
 
 def test_raw_text_is_cut_into_windows_behind_a_bos_and_the_last_is_filled_from_the_first(muse):
@@ -318,7 +318,7 @@ def test_bad_data_is_one_sentence_before_any_model_is_loaded(muse, tmp_path, mon
     for key, good in (GOOD | {name: rows}).items():
         if good is not None:
             write(tmp_path / f"{key}.json", good)
-    with pytest.raises(Mistake, match=sentence):
+    with pytest.raises(UsageError, match=sentence):
         unlearn.main(["--benchmark=muse", f"--data={tmp_path}", f"--model={muse / 'base'}", f"--out={tmp_path / 'out'}"])
 
 
@@ -327,7 +327,7 @@ def test_a_text_too_short_for_the_membership_score_is_one_sentence(muse, tmp_pat
     rows = ["a text that is long enough", text]
     for key, good in (GOOD | {"privleak/holdout": rows}).items():
         write(tmp_path / f"{key}.json", good)
-    with pytest.raises(Mistake, match=r"privleak_h, row 2: the text has \d tokens to score, too few for Min-40 %, which"):
+    with pytest.raises(UsageError, match=r"privleak_h, row 2: the text has \d tokens to score, too few for Min-40 %, which"):
         evaluate.main([str(muse / "base"), "--benchmark=muse", f"--data={tmp_path}", f"--out={tmp_path / 'out'}"])
 
 
@@ -338,12 +338,12 @@ def test_a_text_too_short_for_the_membership_score_is_one_sentence(muse, tmp_pat
     (["--benchmark=muse", "--max_length=1"], "--max_length=1: must be at least 2"),
 ])
 def test_settings_that_do_not_go_together_are_one_sentence(words, sentence):
-    with pytest.raises(Mistake, match=sentence):
+    with pytest.raises(UsageError, match=sentence):
         configs.load(unlearn.Config, words)
 
 
 def test_a_refusal_needs_a_question(muse, tmp_path):
-    with pytest.raises(Mistake, match="a refusal answers a question, and this forget set is text"):
+    with pytest.raises(UsageError, match="a refusal answers a question, and this forget set is text"):
         unlearn.main(flags(muse, base_model=None, model=muse / "base", retain_model=None, out=tmp_path / "out",
                            forget_loss="idk", eval_every=0))
 
@@ -361,5 +361,5 @@ def test_relearning_follows_the_step_protocol_of_muse(muse, run, monkeypatch, ca
     rows = json.loads((muse / "out" / "attacked" / "relearn.json").read_text())
     assert [(r["attack"], r["step"]) for r in rows] == [("relearn_random", s) for s in (0, 1, 2)] + [("int4", 0)]
     assert "run, after int4" in capsys.readouterr().out and all("verbmem_f" in r for r in rows)
-    with pytest.raises(Mistake, match="paraphrase: the forget set has no column"):
+    with pytest.raises(UsageError, match="paraphrase: the forget set has no column"):
         relearn.main(["out/run", "--attacks=paraphrase", "--out=out/x"])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import relearn
 import unlearn
-from configs import Mistake
+from configs import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +66,15 @@ def test_shortest_takes_the_shortest_answers_and_random_follows_its_seed():
     import random
 
     import data
-    examples = [data.Example([0] * (3 + n), 3) for n in (5, 2, 9, 1, 4)]
-    assert relearn.CHOOSE["shortest"](examples, 2, None) == [3, 1]
-    draw = [relearn.CHOOSE["random"](examples, 3, random.Random(s)) for s in (0, 0, 1, 2, 3)]
-    assert draw[0] == draw[1] and len({tuple(d) for d in draw}) > 1 and all(len(set(d)) == 3 for d in draw)
+    groups = [[data.Example([0] * (3 + n), 3)] for n in (5, 2, 9, 1, 4)]
+    assert relearn.CHOOSE["shortest"](groups, 2, None) == [groups[3], groups[1]]
+    assert relearn.CHOOSE["longest"](groups, 2, None) == [groups[2], groups[0]]
+    draws = []
+    for seed in (0, 0, 1, 2, 3):
+        drawn = relearn.CHOOSE["random"](groups, 3, random.Random(seed))
+        draws.append({group[0].n_answer for group in drawn})
+        assert len(draws[-1]) == 3
+    assert draws[0] == draws[1] and draws.count(draws[0]) < 5
 
 
 NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -129,7 +134,7 @@ def test_an_attack_can_follow_muses_step_protocol_with_adapters_only(run, tmp_pa
     (["{run}", "--resume=True"], "do not read resume"), (["{run}", "--beta=1"], "do not read beta"),
     (["{run}", "--audits=True"], "write --attacks=audits"), (["{run}", "--seed=3"], "write --seeds=0,1,2")])
 def test_a_mistaken_attack_is_one_sentence(run, argv, sentence):
-    with pytest.raises(Mistake, match=sentence):
+    with pytest.raises(UsageError, match=sentence):
         relearn.main([a.format(run=run) for a in argv])
 
 
@@ -160,9 +165,9 @@ NAMES = ["npo_s0", "npo_s1", "simnpo_s0"]
 def test_each_of_several_runs_meets_its_own_target_and_retain_model_and_a_control_is_attacked_once(seeds, tmp_path, monkeypatch):
     trained = []
 
-    def counted(c, *args, title=None, train=unlearn.train, **more):
-        trained.append(title)
-        return train(c, *args, title=title, **more)
+    def counted(*args, train=unlearn.train):
+        trained.append(args[-1])
+        return train(*args)
     monkeypatch.setattr(unlearn, "train", counted)
     relearn.main([*(str(seeds / n) for n in NAMES), "--attacks=relearn_random,int4,audits", "--seeds=3,4",
                   "--epochs=3", "--eval_every=3", "--batch_size=2", "--lr=0.01", f"--out={tmp_path}"])
@@ -227,5 +232,5 @@ def test_settings_are_checked_together_with_those_a_run_brings(run, tmp_path):
     """--subset alone is no mistake: that the benchmark is TOFU stands in run.json."""
     relearn.main([str(run), "--subset=forget05", "--attacks=int8", "--control=False", f"--out={tmp_path}"])
     assert [r["attack"] for r in curves(tmp_path)] == ["int8"]
-    with pytest.raises(Mistake, match="--subset=news: tofu has"):
+    with pytest.raises(UsageError, match="--subset=news: tofu has"):
         relearn.main([str(run), "--subset=news"])

@@ -20,7 +20,7 @@ import evaluate
 import model as models
 import relearn
 import unlearn
-from configs import Mistake
+from configs import UsageError
 
 PROC = models.Process(0, 1, torch.device("cpu"))
 packs = lambda config, layer=None: 10**6 if layer is None else 0  # noqa: E731  packing would not pay for models as small as these
@@ -35,15 +35,15 @@ jobs = json.load(open(sys.argv[1]))
 models.cleanup = lambda: None  # one process group for all of them
 models.packs = lambda config, layer=None: 10**6 if layer is None else 0  # a small model's rows would not pay
 unlearn.main(jobs["whole"])
-real = models.checkpoint
+real = models.save_checkpoint
 def stop(*args):
     real(*args)
     raise KeyboardInterrupt
-models.checkpoint = stop
+models.save_checkpoint = stop
 try:
     unlearn.main(jobs["stopped"])
 except KeyboardInterrupt:
-    models.checkpoint = real
+    models.save_checkpoint = real
 for other in ("resumed", "from_one", "hidden"):
     unlearn.main(jobs[other])
 relearn.main(jobs["relearn"])
@@ -145,7 +145,7 @@ def test_attacks_and_evaluation_of_a_sharded_model_give_the_same_scores(both):
     (evaluate.Config, ["--audits=True"], "--audits=True: needs whole gradients"),
     (relearn.Config, ["--attacks=int4"], "rounding needs whole weights")])
 def test_what_cannot_be_sharded_is_refused_in_a_sentence(config, words, sentence):
-    with pytest.raises(Mistake, match=sentence):
+    with pytest.raises(UsageError, match=sentence):
         configs.load(config, ["--parallel=fsdp", *words])
 
 
@@ -306,7 +306,7 @@ def test_the_plan_is_printed_without_a_run_directory_and_what_cannot_fit_is_refu
         unlearn.main(flags(mini, out=tmp_path / "a", plan=True))
     assert "a step takes about" in capsys.readouterr().out and not (tmp_path / "a").exists()
     monkeypatch.setattr(models, "capacity_gb", lambda proc: 1e-4)
-    with pytest.raises(Mistake, match="a step does not fit, it takes .* weights"):
+    with pytest.raises(UsageError, match="a step does not fit, it takes .* weights"):
         unlearn.main(flags(mini, out=tmp_path / "a"))
     assert not any((tmp_path / "a").iterdir())  # nothing has begun
 

@@ -14,7 +14,7 @@ import evaluate
 import losses
 import model as models
 import unlearn
-from configs import Failure, Mistake
+from configs import Failure, UsageError
 
 LOSSES = ("forget_loss", "retain_loss", "loss", "grad_norm")
 
@@ -126,15 +126,19 @@ def test_npo_begins_at_two_over_beta_log_two_and_holds_no_second_model(mini, tmp
     """The cached reference IS the starting model; and nothing but the target is loaded."""
     loaded = []
     monkeypatch.setattr(models, "load_model", lambda name, proc, f=models.load_model: loaded.append(str(name)) or f(name, proc))
-    held = []
-    monkeypatch.setattr(unlearn, "Reference", lambda *a, f=unlearn.Reference: held.append(f(*a)) or held[-1])
+    frozen = []
+
+    def kept(*args, real=unlearn.prepare_reference):
+        frozen.append(real(*args))
+        return frozen[-1]
+    monkeypatch.setattr(unlearn, "prepare_reference", kept)
     row = run(mini, tmp_path / "a", forget_loss="npo", beta=0.5, steps=1)[0]
     assert row["forget_loss"] == pytest.approx(2 / 0.5 * math.log(2), rel=1e-5)
-    assert loaded == [str(mini / "target")] and held[0].frozen is None
+    assert loaded == [str(mini / "target")] and frozen == [None]
     run(mini, tmp_path / "b", forget_loss="simnpo", steps=1)
-    assert held[1].frozen is None and held[1].kept == {}
+    assert frozen[1] is None
     run(mini, tmp_path / "c", forget_loss="simnpo", retain_loss="kl", steps=1)
-    assert held[2].frozen is not None
+    assert frozen[2] is not None
     assert log_of(tmp_path / "c")[0]["retain_loss"] == pytest.approx(0, abs=1e-6)
 
 
@@ -143,11 +147,9 @@ def test_the_output_head_sees_answer_positions_only_and_gives_the_plain_logits(m
     seen = []
     lm.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(args[0].shape))
     examples = [data.Example([5, 6, 7, 8, 9], 3), data.Example([5, 9, 4], 1)]
-    ids, places, labels, counts, _ = models.collate([[e] for e in examples], "cpu")
-    scorer = models.Scorer(lm)
-    logits, _ = scorer(ids, places)
-    assert seen.pop()[0] == 4 and labels.tolist() == [8, 9, 9, 4] and counts == [2, 2]
-    for example, part in zip(examples, logits.split(counts)):  # alone, unpadded
+    scores = models.score(lm, [[e] for e in examples], "cpu")
+    assert seen.pop()[-2] == 4 and scores.labels.tolist() == [8, 9, 9, 4] and scores.lengths == [2, 2]
+    for example, part in zip(examples, scores.logits.split(scores.lengths)):  # alone, unpadded
         plain = lm(input_ids=torch.tensor([example.ids])).logits[0, example.start - 1:-1]
         assert torch.allclose(part, plain, atol=1e-5)
 
@@ -188,9 +190,9 @@ def test_layers_above_the_steered_one_and_what_train_only_leaves_out_stay_as_the
     before, after = weights(mini / "target"), weights(tmp_path / "a")
     moved = {k for k in before if not torch.equal(before[k], after[k])}
     assert moved == {"model.layers.0.mlp.down_proj.weight"}
-    with pytest.raises(Mistake, match="--train_only=none: no parameter's name matches"):
+    with pytest.raises(UsageError, match="--train_only=none: no parameter's name matches"):
         run(mini, tmp_path / "b", train_only="none")
-    with pytest.raises(Mistake, match="--steering_layer=2: the model has 2 layers"):
+    with pytest.raises(UsageError, match="--steering_layer=2: the model has 2 layers"):
         unlearn.main([*flags(mini, out=tmp_path / "c", forget_loss="rmu"), "--steering_layer=2"])
 
 
@@ -209,14 +211,18 @@ def test_altpo_is_dpo_against_the_alternates_of_the_file(mini, tmp_path):
     assert out[0]["forget_loss"] == pytest.approx(2 / 0.3 * math.log(2), rel=1e-5)
     assert out[1]["forget_loss"] < out[0]["forget_loss"]
     (tmp_path / "few.jsonl").write_text('{"question": "other", "alternate": "x"}\n')
-    with pytest.raises(Mistake, match="has no alternate answer for the forget question"):
+    with pytest.raises(UsageError, match="has no alternate answer for the forget question"):
         unlearn.main([*flags(mini, out=tmp_path / "b", forget_loss="altpo"), f"--alternates={tmp_path / 'few.jsonl'}"])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_lora_adapter_moves_nothing_else_does_and_the_saved_model_is_plain(mini, tmp_path, monkeypatch, checkpointing):
     trained = []
-    monkeypatch.setattr(models, "finish", lambda c, proc, scorer, *a, f=models.finish: trained.append(scorer.lm) or f(c, proc, scorer, *a))
+
+    def keep(run, lm, *args, real=unlearn.finish):
+        trained.append(lm)
+        real(run, lm, *args)
+    monkeypatch.setattr(unlearn, "finish", keep)
     run(mini, tmp_path / "a", lora_rank=2, activation_checkpointing=checkpointing)
     adapters = [m for m in trained[0].modules() if isinstance(m, models.LoRA)]
     assert len(adapters) == 2 * 7  # q, k, v, o, gate, up, down of two layers; not the head
@@ -231,40 +237,74 @@ def test_every_lora_adapter_moves_nothing_else_does_and_the_saved_model_is_plain
 
 
 def test_windows_are_whole_cover_every_epoch_and_pair_retain_examples_without_repeats():
-    windows = list(data.stream(n_forget=10, n_retain=25, batch_size=4, n_steps=5, seed=3, shuffle=True))
-    assert all(len(w) == 4 for w in windows)
-    pairs = [p for w in windows for p in w]
+    groups = {"forget": [[("f", i)] for i in range(10)], "retain": [[("r", i)] for i in range(25)]}
+    batches = data.make_batches(groups, batch_size=4, n_steps=5, seed=3, shuffle=True)
+    assert len(batches) == 5
+    for batch in batches:
+        assert len(batch["forget"]) == len(batch["retain"]) == 4
+    pairs = data.pair_indices(n_forget=10, n_retain=25, n_pairs=20, seed=3, shuffle=True)
+    assert [("f", i) for i, _ in pairs] == [group[0] for batch in batches for group in batch["forget"]]
+    assert [("r", j) for _, j in pairs] == [group[0] for batch in batches for group in batch["retain"]]
     for epoch in (pairs[:10], pairs[10:]):
         assert sorted(i for i, _ in epoch) == list(range(10))
         assert len({j for _, j in epoch}) == 10
     assert pairs[:10] != pairs[10:]
-    assert [w for w in data.stream(3, 2, 2, 3, 0, False)] == [[(0, 0), (1, 1)], [(2, 0), (0, 0)], [(1, 1), (2, 0)]]
+    in_file_order = data.pair_indices(n_forget=3, n_retain=2, n_pairs=6, seed=0, shuffle=False)
+    assert in_file_order == [(0, 0), (1, 1), (2, 0), (0, 0), (1, 1), (2, 0)]
+    assert "retain" not in data.make_batches({"forget": groups["forget"]}, 4, 1, 0, True)[0]
 
 
 def test_every_rank_gets_as_many_micro_batches_and_none_is_lost():
-    examples = [data.Example([n] * n, 1) for n in (9, 3, 30, 7, 7)]
-    units = [[i] for i in range(5)]
+    groups = [[data.Example([n] * n, 1)] for n in (9, 3, 30, 7, 8)]
+    batch = {"forget": groups[:3], "retain": groups[3:]}
     for world in (1, 2, 3, 8):
-        for budget in (1, 14, 60, 1000):
-            for hidden in (0, 10**6):
-                rounds = data.deal(units, examples, budget, world, hidden)
-                assert all(len(pieces) == world for pieces in rounds)
-                assert sorted(i for pieces in rounds for p in pieces if p for row in p for i in row) == [0, 1, 2, 3, 4]
-    assert len(data.deal(units, examples, 1000, 5)) == 1  # one unit a rank rather than four idle ranks
+        for max_tokens in (1, 14, 60, 1000):
+            for one_kind in (False, True):
+                ranks = [data.micro_batches(batch, max_tokens, rank, world, one_kind) for rank in range(world)]
+                assert len({len(mine) for mine in ranks}) == 1
+                found = {"forget": [], "retain": []}
+                for mine in ranks:
+                    for kind, some, share in mine:
+                        found[kind] += [len(example.ids) for (example,) in some] if share else []
+                assert sorted(found["forget"]) == [3, 9, 30] and sorted(found["retain"]) == [7, 8]
+                for turn in zip(*ranks):  # what the ranks compute at the same time
+                    assert not one_kind or len({kind for kind, _, _ in turn}) == 1
+
+
+def test_no_rank_is_idle_where_there_is_a_group_for_it_and_micro_batches_are_even():
+    groups = [[data.Example([n] * 10, 1)] for n in range(5)]
+    for rank in range(5):  # one group per rank rather than four idle ranks
+        ((kind, some, share),) = data.micro_batches({"forget": groups}, 1000, rank, 5)
+        assert len(some) == 1 and share == 1
+    sizes = [len(some) for _, some, _ in data.micro_batches({"forget": groups[:4]}, 30)]
+    assert sizes == [2, 2]  # not 3 and 1
+    shares = [data.micro_batches({"forget": groups[:3]}, 10, rank, 2)[1][2] for rank in range(2)]
+    assert shares == [1.0, 0.0]  # the second rank repeats a micro-batch that does not count
+
+
+def test_a_group_longer_than_the_budget_is_alone_and_a_pair_stays_together():
+    long = [data.Example([1] * 500, 1)]
+    pairs = [[data.Example([n] * 40, 30), data.Example([n] * 35 + [99] * 5, 30)] for n in range(4)]
+    assert data.row_tokens(pairs[0]) == 45  # 35 tokens are shared
+    cuts = data.micro_batches({"forget": [*pairs, long]}, 100)
+    assert [len(some) for _, some, _ in cuts] == [1, 2, 2] and cuts[0][1] == [long]
+    for _, some, _ in cuts[1:]:
+        assert [len(group) for group in some] == [2, 2]
 
 
 def test_no_steps_is_a_mistake_and_steps_overrides_epochs():
     c = configs.make(unlearn.Config, {"epochs": 10.0, "batch_size": 32})
     assert unlearn.n_steps(c, 200) == 62  # the paper's forget05
-    with pytest.raises(Mistake, match="0 optimizer steps"):
+    with pytest.raises(UsageError, match="0 optimizer steps"):
         unlearn.n_steps(configs.make(unlearn.Config, {"epochs": 0.5, "batch_size": 32}), 40)
 
 
 def test_scores_are_due_every_so_many_epochs_at_given_steps_and_at_the_end():
-    assert [s for s in range(1, 13) if unlearn.due(s, 12, 2.0, (), 1.25)] == [3, 5, 8, 10, 12]
-    assert [s for s in range(1, 13) if unlearn.due(s, 12, 1.0, (2, 7), 1.25)] == [2, 7, 12]
-    assert not any(unlearn.due(s, 12, 0.0, (), 1.25) for s in range(1, 13))
-    assert all(unlearn.due(s, 12, every, (), 3.0) for s in range(1, 13) for every in (1 / 3, 0.01, 1e-320))
+    assert unlearn.steps_due(2.0, (), 12, 1.25) == {3, 5, 8, 10, 12}
+    assert unlearn.steps_due(1.0, (2, 7), 12, 1.25) == {2, 7, 12}
+    assert unlearn.steps_due(0.0, (), 12, 1.25) == set()
+    for every in (1 / 3, 0.01, 1e-320):
+        assert unlearn.steps_due(every, (), 12, 3.0) == set(range(1, 13))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_is_applied(mini, tmp_path, monkeypatch):
@@ -278,8 +318,8 @@ def test_a_forget_example_keeps_one_refusal_for_the_whole_run(mini):
     c = configs.make(unlearn.Config, {"forget_loss": "dpo", "template": "qa"})
     tokenizer, proc = models.load_tokenizer(str(mini / "target")), models.Process(0, 1, torch.device("cpu"))
     rows = data.read_rows(str(mini / "data" / "forget05.jsonl"))
-    once, again = (unlearn.encode_sets(c, tokenizer, proc, forget=rows, retain=[])[0]["alternate"] for _ in range(2))
-    assert once == again and len({tuple(e.ids[e.start:]) for e in once}) > 3
+    once, again = (unlearn.encode_groups(c, tokenizer, proc, forget=rows)["forget"] for _ in range(2))
+    assert once == again and len({tuple(alternate.ids[alternate.start:]) for _, alternate in once}) > 3
 
 
 def test_a_finished_run_is_a_model_with_its_settings_scores_log_and_picture(mini, tmp_path):
@@ -309,12 +349,12 @@ def test_a_run_is_never_overwritten_silently(mini, tmp_path, capsys):
     del there["deterministic"]
     (out / "run.json").write_text(json.dumps(there))
     unlearn.main(flags(mini, out=out))  # made before there was this setting: still the very same
-    with pytest.raises(Mistake, match="deterministic False there, True here"):
+    with pytest.raises(UsageError, match="deterministic False there, True here"):
         run(mini, out, deterministic=True)
-    with pytest.raises(Mistake, match="lr 0.001 there, 0.002 here"):
+    with pytest.raises(UsageError, match="lr 0.001 there, 0.002 here"):
         run(mini, out, lr=2e-3)
     run(mini, out, lr=2e-3, overwrite=True)
-    with pytest.raises(Mistake, match="is one of the models"):
+    with pytest.raises(UsageError, match="is one of the models"):
         run(mini, mini / "target")
 
 
@@ -322,21 +362,19 @@ def test_a_run_stopped_half_way_goes_on_to_the_same_end(mini, tmp_path, monkeypa
     """Two runs, one of them interrupted after its checkpoint: the same weights and log, bit by bit."""
     more = dict(forget_loss="npo", retain_loss="kl", steps=6, save_every=1)
     whole = run(mini, tmp_path / "a", **more)
-    step = models.collate
-    calls = []
+    check = unlearn.check_finite
 
-    def interrupt(*args):
-        calls.append(1)
-        if len(calls) == 7:
+    def interrupt(step, *args):
+        if step == 4:
             raise KeyboardInterrupt
-        return step(*args)
+        check(step, *args)
 
-    monkeypatch.setattr(models, "collate", interrupt)
+    monkeypatch.setattr(unlearn, "check_finite", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(mini, tmp_path / "b", **more)
     monkeypatch.undo()
     assert (tmp_path / "b" / "checkpoint" / "state.pt").exists()
-    with pytest.raises(Mistake, match="unfinished; --resume=True"):
+    with pytest.raises(UsageError, match="unfinished; --resume=True"):
         run(mini, tmp_path / "b", **more)
     went_on = run(mini, tmp_path / "b", resume=True, **more)
     keys = ("step", "epoch", "lr", *LOSSES)
@@ -374,7 +412,7 @@ def test_a_base_model_becomes_target_and_retain_model_once(mini, tmp_path, monke
     assert json.loads((tmp_path / "out" / "retain" / "run.json").read_text())["forget_loss"] == "nll"
     unlearn.main(flags(mini, out="out/b", **more))
     assert (tmp_path / "out" / "target" / "model.safetensors").stat().st_mtime_ns == made
-    with pytest.raises(Mistake, match="outt/target: is not on this machine"):  # a typing error is no wish to train
+    with pytest.raises(UsageError, match="outt/target: is not on this machine"):  # a typing error is no wish to train
         unlearn.main(flags(mini, out="out/c", model="outt/target", base_model=mini / "target"))
 
 
@@ -384,7 +422,7 @@ def test_a_model_made_otherwise_is_not_reused_and_no_method_leaks_into_it(mini, 
     unlearn.main(flags(mini, out="out/a", lora_rank=2, train_only="B", beta=0.7, **more))
     made = json.loads((tmp_path / "out" / "target" / "run.json").read_text())
     assert made["lora_rank"] == 0 and made["train_only"] is None and made["beta"] == 0.1
-    with pytest.raises(Mistake, match="--model=out/target: was made otherwise .lr 1e-05 there, 0.001 here"):
+    with pytest.raises(UsageError, match="--model=out/target: was made otherwise .lr 1e-05 there, 0.001 here"):
         unlearn.main(flags(mini, out="out/b", **more, finetune_lr=1e-3))
 
 
@@ -395,6 +433,6 @@ def test_a_model_made_otherwise_is_not_reused_and_no_method_leaks_into_it(mini, 
     ({"retain_model": "org/typo", "eval_every": 1}, "org/typo: is not on this machine .*check the id, the network .*hf auth login")])
 def test_contradictions_are_met_before_the_run_directory_is_made(mini, tmp_path, more, sentence):
     more = {k: v.format(mini=mini) if isinstance(v, str) else v for k, v in more.items()}
-    with pytest.raises(Mistake, match=sentence):
+    with pytest.raises(UsageError, match=sentence):
         unlearn.main(flags(mini, out=tmp_path / "run", **more))
     assert not (tmp_path / "run" / "run.json").exists()
