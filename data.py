@@ -581,6 +581,10 @@ def row_tokens(group: list[Example]) -> int:
     return shared + sum(len(example.ids) - shared for example in group)
 
 
+def total_tokens(groups: list) -> int:
+    return sum(row_tokens(group) for group in groups)
+
+
 # ------------------------------------------------------------------------------------------------
 # the demo: fictitious authors, so that unlearning can be watched on a laptop
 

@@ -84,7 +84,7 @@ class Machine(configs.Settings):
     """machine"""
     changes_result = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    micro_batch_tokens: int = 4096  # tokens a process computes at once: memory, never the result
+    micro_batch_tokens: int = 1024  # tokens a process computes at once: memory, never the result
     parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: fsdp shards the model over the GPUs
 
     def problems(self):
@@ -138,10 +138,10 @@ class Config(Data, Models, Machine, Precision, Scoring, Progress, Run):
         """What was not given is the benchmark's protocol."""
         benchmark = given.get("benchmark", cls.benchmark)
         found = {}
-        if not given.get("subset"):
+        if given.get("subset") is None:
             found["subset"] = data.SUBSETS[benchmark][0]
         for name in ("template", "max_length", "max_new_tokens"):
-            if not given.get(name):
+            if given.get(name) is None:
                 found[name] = getattr(BENCHMARKS[benchmark], name)
         return found
 
@@ -805,8 +805,8 @@ def as_lines(records: list) -> str:
 
 
 def save_scores(out: str, scores: dict, records: list):
-    configs.write(os.path.join(out, "examples.jsonl"), as_lines(records))
-    configs.write(os.path.join(out, "scores.json"), json.dumps(scores, indent=1) + "\n")
+    rundir.write(os.path.join(out, "examples.jsonl"), as_lines(records))
+    rundir.write(os.path.join(out, "scores.json"), json.dumps(scores, indent=1) + "\n")
 
 
 def reference(c, proc, name: str, bench, loaded=None) -> list[dict]:
@@ -830,7 +830,7 @@ def reference(c, proc, name: str, bench, loaded=None) -> list[dict]:
     _, records = evaluate(lm, tokenizer, bench, c, proc)
     if proc.rank == 0:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        configs.write(path, as_lines(records))
+        rundir.write(path, as_lines(records))
     proc.barrier()
     return records
 
@@ -891,7 +891,7 @@ def ask(question: str, names: list, c, proc):
 
 
 def run_settings(name: str) -> dict:
-    return configs.read_json(os.path.join(name, "run.json"))
+    return rundir.read_json(os.path.join(name, "run.json"))
 
 
 def inherit(cls, names: list, given: dict) -> dict:
@@ -933,8 +933,8 @@ def main(argv):
     c = configs.make(Config, inherit(Config, names, given))
     check_names(names, logs, c, given, questions)
     labels = configs.name_runs(names)
-    several = len(names) > 1
-    outs = {name: configs.output_directory(name, labels, given, several) for name in names}
+    
+    outs = {name: configs.output_directory(name, labels, given, len(names)) for name in names}
     c = dataclasses.replace(c, out=outs[names[0]])
     own = {name: against(name, c, given) for name in names}
     for other in {own[name].retain_model for name in names} - {None}:

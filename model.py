@@ -77,6 +77,12 @@ class Process:
         dist.all_gather_object(items, item)
         return items
 
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' tensors."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     def share(self, batches: list) -> list:
         """This rank's batches. With FSDP all ranks get equally many: some are computed twice."""
         n = len(batches)
@@ -728,13 +734,14 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def speed(lm, proc: Process, examples: list, seconds: float) -> dict:
+def speed(lm, proc: Process, batch: dict, seconds: float) -> dict:
     """Throughput (tokens/s over all processes), peak memory, and model FLOP utilisation of a step.
 
     mfu = FLOP / (seconds * processes * PEAK), in bf16 on a GPU of PEAK. FLOP per weight and token:
     2 forward, 2 backward, 2 more where the weight is trained; the output head's for answer tokens
     only. Attention scores, reference forwards and recomputed activations do not count.
     """
+    examples = [e for groups in batch.values() for group in groups for e in group]
     n_tokens = sum(len(example.ids) for example in examples)
     n_answer = sum(example.n_answer for example in examples)
     measured = {"tokens_per_s": n_tokens / seconds, "memory_gb": memory_gb(proc.device)}
@@ -769,7 +776,7 @@ def memory_plan(name: str, c, proc: Process, groups: list, with_ref_model: bool)
     config = config.get_text_config()
     layers = config.num_hidden_layers
     mlp = getattr(config, "intermediate_size", None) or 4 * hidden
-    n_tokens = sum(data.row_tokens(group) for group in groups)
+    n_tokens = data.total_tokens(groups)
     n_answer = sum(example.n_answer for group in groups for example in group)
 
     # bytes per number: of weights and gradients, of matrix products, of the residual stream

@@ -300,7 +300,8 @@ def mean_and_spread(rows: list, keys: list) -> dict:
 def report(victim: Victim, rows: list):
     """One model's table, before unlearning to after each attack, and its curves."""
     c = victim.c
-    keys = [key for key in SHOWN if any(key in row for row in rows)][:8]
+    present = set().union(*rows)
+    keys = [key for key in SHOWN if key in present][:8]
     stages = {"before unlearning": victim.target, f"{victim.label}, unlearned": victim.before,
               "retain model": victim.retain}
     table = {}
@@ -405,7 +406,7 @@ class Campaign:
             if self.proc.rank == 0:  # what is done is kept, whatever becomes of the next attack
                 os.makedirs(victim.c.out, exist_ok=True)
                 path = os.path.join(victim.c.out, "relearn.json")
-                configs.write(path, json.dumps(rows, indent=1) + "\n")
+                rundir.write(path, json.dumps(rows, indent=1) + "\n")
         if self.proc.rank == 0:
             report(victim, rows)
         return rows
@@ -428,7 +429,7 @@ def load_settings(argv: list):
     c = configs.make(Config, own | inherited | given | FIXED)
     labels, each = configs.name_runs(names), {}
     for name in names:
-        out = configs.output_directory(name, labels, given, len(names) > 1)
+        out = configs.output_directory(name, labels, given, len(names))
         each[name] = evaluate.against(name, dataclasses.replace(c, out=out), given)
         configs.check_name(name, "model")
         for setting in ("model", "retain_model"):

@@ -127,11 +127,10 @@ def loss_terms(c) -> dict:
 
 
 def train(c, proc, lm, groups, evaluate=None, run=None, title=None):
-    """Train `lm` in place and return the rows of the log, which go to <out>/log.jsonl as well.
+    """Train `lm` in place and return the rows of the log (<out>/log.jsonl).
 
-    groups: {"forget": [group], "retain": [group]}; a group is a list of examples with one prompt
-    (see model.flat_row). evaluate(step, epoch) -> {score: value} is called when scores are due; it
-    must not touch the training, nor draw a random number that training uses.
+    groups: {"forget": [group], "retain": [group]}, a group = examples with one prompt. When scores
+    are due, evaluate(step, epoch) -> {score: value}; it must not touch the training.
     """
     run = run or rundir.RunDirectory(c, proc)
     terms = loss_terms(c)
@@ -143,25 +142,22 @@ def train(c, proc, lm, groups, evaluate=None, run=None, title=None):
     # model, optimizer, reference
     models.adapt(lm, c)
     trained = [p for p in lm.parameters() if p.requires_grad]
-    optimizer = make_optimizer(lm, c)
-    scheduler = make_scheduler(optimizer, c, steps)
-    ref_model = prepare_reference(lm, groups, terms, c, proc)
+    optimizer, scheduler = make_optimizer(lm, c, steps)
+    references = prepare_references(lm, groups, terms, c, proc)
     model = wrap_model(lm, terms, c, proc)
     is_ddp = isinstance(model, DistributedDataParallel)
     max_tokens = min(c.micro_batch_tokens, lm.row_limit)
-    layer = {kind: c.steering_layer if terms[kind].hidden else None for kind in terms}
     one_kind = proc.sharded and must_take_turns(lm, terms)
 
-    # resume: batches depend on (seed, epoch) alone, so it is enough to skip those that are done
+    # resume: batches depend on (seed, epoch) alone, so those that are done are skipped
     done = models.restore(run, lm, optimizer, scheduler) if c.resume else 0
     run.open_log(done)
     if evaluate and done == 0:
         run.log({"step": 0, "epoch": 0.0, **evaluate(0, 0.0)})
     batches = data.make_batches(groups, c.batch_size, steps, c.seed, c.shuffle)
     score_steps = steps_due(c.eval_every, c.eval_at, steps, steps_per_epoch) if evaluate else ()
-    save_steps = steps_due(c.save_every, (), steps, steps_per_epoch)
-    bar = tqdm(range(done + 1, steps + 1), title or c.forget_loss, steps, initial=done,
-               disable=proc.rank > 0 or None)
+    save_steps = steps_due(c.save_every, (), steps, steps_per_epoch) - {steps}
+    bar = progress_bar(title or c.forget_loss, done, steps, proc)
 
     for step in bar:
         started = time.perf_counter()
@@ -175,20 +171,17 @@ def train(c, proc, lm, groups, evaluate=None, run=None, title=None):
             for i, (kind, some, share) in enumerate(micro_batches):
                 if is_ddp:  # all-reduce gradients in the last backward only
                     model.require_backward_grad_sync = i == len(micro_batches) - 1
-                reference = ref_model if terms[kind].needs == "ref_model" else None
-                scores = models.score(model, some, proc.device, layer[kind], reference)
+                layer = c.steering_layer if terms[kind].hidden else None
+                scores = models.score(model, some, proc.device, layer, references.get(kind))
                 loss = share * terms[kind].fn(scores, c).sum() / counts[kind]
                 # times world: DDP and FSDP average gradients over ranks, and we need their sum
                 (proc.world * weights[kind] * loss).backward()
                 totals[kind] += loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, c.grad_clip or math.inf)
-        if proc.sharded:
-            grad_norm = grad_norm.full_tensor()
+        grad_norm = grad_norm.full_tensor() if proc.sharded else grad_norm
 
         # the step's one host sync; a step that is not finite is not applied
-        sums = torch.cat([totals["forget"], totals["retain"]])
-        if proc.world > 1:
-            torch.distributed.all_reduce(sums)
+        sums = proc.sum(torch.cat([totals["forget"], totals["retain"]]))
         forget_loss, retain_loss, grad_norm = torch.cat([sums, grad_norm[None]]).tolist()
         check_finite(step, forget_loss, retain_loss, grad_norm, batch, groups, c)
         lr = scheduler.get_last_lr()[0]
@@ -199,16 +192,16 @@ def train(c, proc, lm, groups, evaluate=None, run=None, title=None):
         # log, score, save
         at = {"step": step, "epoch": step / steps_per_epoch}
         loss = c.forget_weight * forget_loss + c.retain_weight * retain_loss
-        examples = [e for kind in batch for group in batch[kind] for e in group]
-        speed = models.speed(lm, proc, examples, time.perf_counter() - started)
+        speed = models.speed(lm, proc, batch, time.perf_counter() - started)
         run.log({**at, "loss": loss, "forget_loss": forget_loss, "retain_loss": retain_loss,
                  "lr": lr, "grad_norm": grad_norm, **speed})
         bar.set_postfix(forget=f"{forget_loss:.3f}", retain=f"{retain_loss:.3f}", refresh=False)
         if step in score_steps:
             run.log({**at, **evaluate(step, at["epoch"])})
-        if step < steps and (step in save_steps or run.must_save):
+        signal = run.interrupted if step < steps else None
+        if step in save_steps or (signal and run.resumable):
             models.save_checkpoint(run, lm, optimizer, scheduler, step)
-        if step < steps and run.interrupted:
+        if signal:
             raise run.stop(step, steps)
     lm.eval()
     return run.rows
@@ -240,33 +233,31 @@ def steps_due(every: float, at: tuple, steps: int, steps_per_epoch: float) -> se
     return due
 
 
-def make_optimizer(lm, c):
-    """AdamW; weight decay on matrices only."""
+def make_optimizer(lm, c, steps: int):
+    """(AdamW with weight decay on matrices only, its learning-rate schedule)."""
     trained = [p for p in lm.parameters() if p.requires_grad]
     parameter_groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": c.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     fused = lm.device.type != "mps"
-    return torch.optim.AdamW(parameter_groups, lr=c.lr, betas=(0.9, c.adam_beta2), fused=fused)
-
-
-def make_scheduler(optimizer, c, steps: int):
+    optimizer = torch.optim.AdamW(
+        parameter_groups, lr=c.lr, betas=(0.9, c.adam_beta2), fused=fused)
     name = "constant_with_warmup" if c.schedule == "constant" else c.schedule
-    warmup = warmup_steps(c, steps)
-    return transformers.get_scheduler(
-        name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    scheduler = transformers.get_scheduler(
+        name, optimizer, num_warmup_steps=warmup_steps(c, steps), num_training_steps=steps)
+    return optimizer, scheduler
 
 
 def warmup_steps(c, steps: int) -> int:
     return math.floor(c.warmup * steps + 1e-9)
 
 
-def prepare_reference(lm, groups: dict, terms: dict, c, proc):
-    """Keep what the losses read of the model before unlearning; return a frozen copy, or None.
+def prepare_references(lm, groups: dict, terms: dict, c, proc) -> dict:
+    """Keep what the losses read of the model before unlearning.
 
     Log-probs are computed once and kept with the examples. Only a loss of full logits or hidden
-    states needs a second model.
+    states needs a second model: returns {kind: a frozen copy} for those.
     """
     with proc.clock.phase("reference"):
         for kind, term in terms.items():
@@ -277,11 +268,12 @@ def prepare_reference(lm, groups: dict, terms: dict, c, proc):
                     for example, array in zip(group, arrays):
                         logps = torch.tensor(array[:, 0], dtype=torch.float32)
                         example.ref_logps = logps.to(proc.device)
-        if all(term.needs != "ref_model" for term in terms.values()):
-            return None
+        reading = [kind for kind, term in terms.items() if term.needs == "ref_model"]
+        if not reading:
+            return {}
         # a sharded model cannot be copied
         frozen = models.load_model(c.model, proc) if proc.sharded else copy.deepcopy(lm)
-        return frozen.requires_grad_(False)
+        return dict.fromkeys(reading, frozen.requires_grad_(False))
 
 
 def wrap_model(lm, terms: dict, c, proc):
@@ -310,6 +302,12 @@ def must_take_turns(lm, terms: dict) -> bool:
     """
     work = {(term.hidden, term.needs == "ref_model", term.answers) for term in terms.values()}
     return len(work) > 1 or lm.row_limit < math.inf
+
+
+def progress_bar(title: str, done: int, steps: int, proc):
+    """The steps to do, with a bar on rank 0 in a terminal."""
+    hidden = True if proc.rank > 0 else None  # None: hidden without a terminal
+    return tqdm(range(done + 1, steps + 1), title, steps, initial=done, disable=hidden)
 
 
 def check_finite(step, forget_loss, retain_loss, grad_norm, batch, groups, c):
@@ -446,9 +444,9 @@ class Config(evaluate.Config, Method, Optimizer, Training, Finetuning, Keeping, 
         found = super().defaults(given)
         c = {name: getattr(cls, name) for name in ("benchmark", "forget_loss", "seed")}
         c |= given | found
-        if not given.get("out"):
+        if given.get("out") is None:
             found["out"] = f"out/{c['benchmark']}_{c['subset']}_{c['forget_loss']}"
-        if c["benchmark"] == "markov" and not given.get("data"):
+        if c["benchmark"] == "markov" and given.get("data") is None:
             found["data"] = str(c["seed"])  # its sequences are drawn anew for each seed
         return found
 
@@ -508,13 +506,10 @@ def check_memory(c, proc, name: str, groups: dict):
     """Say what memory a step takes, before a weight is loaded; --plan=True ends here."""
     terms = loss_terms(c)
     groups = {kind: groups[kind] for kind in terms}
-    largest, most = [], 0
+    micro_batches = []
     for batch in data.make_batches(groups, c.batch_size, 20, c.seed, c.shuffle):
-        cuts = data.micro_batches(batch, c.micro_batch_tokens, proc.rank, proc.world)
-        for _, some, _ in cuts:
-            n_tokens = sum(data.row_tokens(group) for group in some)
-            if n_tokens > most:
-                largest, most = some, n_tokens
+        micro_batches += data.micro_batches(batch, c.micro_batch_tokens, proc.rank, proc.world)
+    largest = max((some for _, some, _ in micro_batches), key=data.total_tokens)
     has_reference = any(term.needs == "ref_model" for term in terms.values())
     needs = models.memory_plan(name, c, proc, largest, has_reference)
     total, capacity = sum(needs.values()), models.capacity_gb(proc)
@@ -603,7 +598,7 @@ def finetune_missing(c, proc, bench):
 
 def check_recipe(setting: str, path: str, recipe):
     """Refuse a fine-tuned model that was made with other settings."""
-    existing = configs.read_json(os.path.join(path, "run.json"))
+    existing = rundir.read_json(os.path.join(path, "run.json"))
     names = ["benchmark", "base_model", "template", "data"]
     names += [name.removeprefix("finetune_") for name in configs.fields(Finetuning)]
     if (setting, recipe.benchmark) != ("model", "tofu"):  # TOFU's target has seen all subsets
@@ -621,7 +616,7 @@ def check_recipe(setting: str, path: str, recipe):
 def to_be_made(c, path: str) -> bool:
     """Is `path` a model to make from base_model: below out/, and missing or unfinished?"""
     below_out = not os.path.isabs(path) and os.path.normpath(path).startswith("out" + os.sep)
-    finished = configs.read_json(os.path.join(path, "run.json")).get("finished", True)
+    finished = rundir.read_json(os.path.join(path, "run.json")).get("finished", True)
     exists = os.path.isfile(os.path.join(path, "config.json"))
     return below_out and bool(c.base_model) and not (finished and exists)
 
@@ -643,14 +638,15 @@ class Trajectory:
             proc.say("No retain_model and no retain_log: forget quality is left out "
                      "(evaluate.py can add it later).")
 
-    def score_target(self, loaded=None) -> dict:
+    def target_scores(self, loaded=None):
         """The target is scored once, whatever is unlearned from it."""
-        self.target = evaluate.reference(self.c, self.proc, self.c.model, self.bench, loaded)
+        if self.target is None:
+            self.target = evaluate.reference(self.c, self.proc, self.c.model, self.bench, loaded)
         return evaluate.summarize(self.target, self.retain, self.c)
 
     def __call__(self, step: int, epoch: float) -> dict:
         if step == 0:
-            scores = self.score_target(loaded=(self.lm, self.tokenizer))
+            scores = self.target_scores(loaded=(self.lm, self.tokenizer))
         else:
             self.scores, self.records = evaluate.evaluate(
                 self.lm, self.tokenizer, self.bench, self.c, self.proc, self.retain)
@@ -666,8 +662,7 @@ class Trajectory:
     def report(self, rows: list):
         """Write scores.json, examples.jsonl, trajectory.png and the final table."""
         c = self.c
-        target = self.score_target() if self.target is None else evaluate.summarize(
-            self.target, self.retain, c)
+        target = self.target_scores()  # by all ranks
         if self.proc.rank > 0:
             return
         label = os.path.basename(c.out)
@@ -680,7 +675,7 @@ class Trajectory:
         evaluate.trajectory(picture, {label: scored}, table, c)
         samples = configs.samples({"before": self.target, "after": self.records})
         text = samples + "\n\n" + configs.table(table, evaluate.ARROWS)
-        configs.write(os.path.join(c.out, "table.txt"), text + "\n")
+        rundir.write(os.path.join(c.out, "table.txt"), text + "\n")
         self.proc.say(f"{text}\n\n{c.out}: model, scores.json, examples.jsonl, log.jsonl, "
                       "trajectory.png")
 

@@ -1,16 +1,16 @@
-"""Settings, errors, names, tables and pictures: what all scripts share. Standard library only.
+"""Settings, what the scripts print, tables and pictures. Needs the standard library only.
 
     c, given, words = load(Config, sys.argv[1:])
 
-Settings are frozen dataclasses, a config file of plain assignments, and --key=value on top. A
-config file is Python and is executed in a namespace of its own: read it before you run it. Every
-public name it assigns must be a setting; a name that starts with `_` is its own.
+Settings are a frozen dataclass, made of groups. They come from a config file of plain assignments,
+then from --key=value on the command line; later words win. A config file is Python and is executed,
+in a namespace of its own: read one before you run it, as you would any script. Every name it
+assigns must be a setting; names that start with _ are the file's own.
 """
 import csv
 import difflib
 import inspect
 import io
-import json
 import math
 import os
 import re
@@ -24,65 +24,60 @@ import types
 import typing
 
 # ------------------------------------------------------------------------------------------------
-# errors
+# errors: one sentence on standard error and an exit status
 
 
 class UsageError(Exception):
-    """The user can fix this: one sentence with what is wrong, the value got and what to write."""
-    status = 2
+    """The user can fix this: a sentence with what is wrong, and what to write. Exit status 2."""
 
 
 class Failure(Exception):
-    """Something went wrong in a run; what was saved before stays usable."""
+    """Something went wrong while running; what was saved before stays usable."""
 
-    def __init__(self, text: str, status: int = 1):  # or 128 + a signal's number
+    def __init__(self, text, status=1):
         super().__init__(text)
-        self.status = status
+        self.status = status  # of the process; 128 + a signal's number where one stopped it
 
 
 def run(main):
-    """Call main(argv); what goes wrong becomes one sentence and an exit status.
+    """Call main(argv) and turn an error into one sentence and an exit status.
 
-    2: a UsageError. 1: a failure, a full disk or memory among them. 130, 143: Ctrl-C, SIGTERM. A
-    bug keeps its traceback. Of several ranks rank 0 speaks first, then torchrun ends the others; a
-    rank with a local error (memory, disk) prints it before the connection errors it causes.
+    2: a UsageError. 1: a failure while running, such as a full disk. 130, 143: Ctrl-C, SIGTERM.
+    A bug keeps its traceback.
     """
-    alone, script = os.environ.get("WORLD_SIZE", "1") == "1", os.path.basename(sys.argv[0])
-    rank = os.environ.get("RANK", "0")
+    script = os.path.basename(sys.argv[0])
+    rank, alone = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") == "1"
     if alone and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, raise_interrupt)
     try:
         main(sys.argv[1:])
     except Exception as e:
-        text, status = describe_error(e)
-        if not alone:
-            if text is None:
-                time.sleep(10)
-            elif rank != "0":
-                time.sleep(5)
-        if text is None:
+        sentence = explain(e)
+        # Of an error that all ranks have only rank 0 speaks: torchrun then ends the others. A rank
+        # with an error of its own speaks too, before the connection errors it causes elsewhere.
+        if not alone and not (sentence and rank == "0"):
+            time.sleep(5 if sentence else 10)
+        if not sentence:
             raise
         speaker = script if rank == "0" else f"{script} (rank {rank})"
-        print(f"{speaker}: {text}", file=sys.stderr)
-        sys.exit(status)
+        print(f"{speaker}: {sentence}", file=sys.stderr)
+        sys.exit(2 if isinstance(e, UsageError) else getattr(e, "status", 1))
     except KeyboardInterrupt as e:
-        print(f"{script}: interrupted; what was saved is kept, and the same command says how to go "
-              "on.", file=sys.stderr)
+        print(f"{script}: interrupted; what was saved is kept, and the same command says how to "
+              "go on.", file=sys.stderr)
         sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
 
 
-def describe_error(error: Exception) -> tuple[str | None, int]:
-    """(one sentence, exit status); the sentence is None for a bug."""
+def explain(error):
+    """The sentence for an error that a user can act on; empty for a bug."""
     text = " ".join(str(error).split())
-    if isinstance(error, (UsageError, Failure)):
-        return text, error.status
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'the file system'}: {error.strerror}.", 1
-    is_cuda = type(error).__name__ == "OutOfMemoryError"
-    if isinstance(error, MemoryError) or is_cuda or "DefaultCPUAllocator" in text:
-        return f"out of memory ({text[:200]}) Lower --micro_batch_tokens: the result stays the " \
-               "same.", 1
-    return None, 1
+        return f"{error.filename or 'the file system'}: {error.strerror}."
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if out_of_memory or "DefaultCPUAllocator" in text:
+        return (f"out of memory ({text[:200]}) Lower --micro_batch_tokens: the result stays the "
+                "same.")
+    return text if isinstance(error, (UsageError, Failure)) else ""
 
 
 def raise_interrupt(number, frame):
@@ -94,188 +89,62 @@ def raise_interrupt(number, frame):
 
 
 class Settings:
-    """Base of every group of settings. A group's docstring is its title in --help."""
-    changes_result = True  # does another value make another run?
+    """Base of the groups, each a frozen dataclass.
+
+    The first line of a group's docstring is its title in --help, a field's comment is its help.
+    """
+    changes_result = True  # does another value of one of its settings make another run?
 
     def __post_init__(self):
-        wrong = []
+        sentences = []
         for group in type(self).__mro__:
             if "problems" in vars(group):
-                wrong += group.problems(self)
-        if wrong:
-            raise ValueError(" ".join(wrong))
+                sentences += group.problems(self)
+        if sentences:
+            raise ValueError(" ".join(sentences))
 
     def problems(self):
-        """Yield a sentence for each of the group's settings that is wrong."""
+        """Yield a sentence for each wrong setting of this group (its bases are asked too)."""
         yield from ()
 
-    def check(self, names: str, is_valid, must: str):
-        """Sentences for those of several settings that are given and not valid."""
+    def check(self, names, is_valid, must):
+        """Yield a sentence for each setting in `names` that is given and not valid."""
         for name in names.split():
             value = getattr(self, name)
             if value not in (None, "") and not is_valid(value):
                 yield f"--{name}={value}: {must}"
 
     @classmethod
-    def defaults(cls, given: dict) -> dict:
-        """Values of settings that depend on others and were not given."""
+    def defaults(cls, given):
+        """{setting: value} of those left at None whose default depends on other settings."""
         return {}
 
 
-def fields(cls) -> dict:
-    """{name: type} of a dataclass, its groups in the order they are written."""
-    hints = typing.get_type_hints(cls)
-    names = {}
-    for group in groups(cls):
-        names |= dict.fromkeys(vars(group).get("__annotations__", ()))
-    return {name: hints[name] for name in names if name in hints}
+def load(cls, argv, usage="", default=None):
+    """Return (the settings, {setting: value} of those that were given, the other words)."""
+    given, words = parse(cls, argv, usage, default)
+    return make(cls, given), given, words
 
 
-def groups(cls) -> list:
-    """The classes a Config is made of: its bases in the order they are written, then itself."""
-    found = []
-    for base in cls.__bases__:
-        found += groups(base)
-    return [*found, cls]
+def parse(cls, argv, usage="", default=None):
+    """Return ({setting: value} of those that were given, the other words).
 
-
-def spell(kind) -> str:
-    """A type's name in a message: 'int or None', 'one of short, unseen'."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(str(choice) for choice in args)
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join("None" if arg is type(None) else spell(arg) for arg in args)
-    if origin is tuple:
-        return f"a comma-separated list of {spell(args[0])}"
-    return "a finite number" if kind is float else kind.__name__
-
-
-def fit(value, kind):
-    """The value as `kind`, or ValueError. Strings are parsed and an int widens to float."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
-        raise ValueError  # no file name and no text has these
-    if origin in (types.UnionType, typing.Union):
-        if value is None or value == "None":
-            return None
-        return fit(value, next(arg for arg in args if arg is not type(None)))
-    if origin is typing.Literal:
-        kind, valid = object, value in args
-    elif origin is tuple:
-        if isinstance(value, str):
-            value = [part for part in value.strip("()[] ").split(",") if part.strip()]
-        if not isinstance(value, (list, tuple)):
-            raise ValueError
-        return tuple(fit(part, args[0]) for part in value)
-    elif kind is bool:
-        valid = value in ("True", "False") or isinstance(value, bool)
-        value = value in ("True", True)
-    elif kind in (int, float):
-        value, valid = fit_number(value, kind)
-    else:
-        valid = isinstance(value, kind)
-    if not valid:
-        raise ValueError
-    return value
-
-
-def fit_number(value, kind):
-    """(the value as int or float, is it valid)."""
-    if isinstance(value, bool):
-        return value, False
-    if isinstance(value, str):
-        value = kind(value.strip())
-    if kind is float and isinstance(value, int):
-        value = float(str(value))  # an int too large for a float becomes inf
-    return value, isinstance(value, kind) and math.isfinite(value)
-
-
-def check_setting(cls, name: str, value, where: str):
-    """One setting, typed; `where` is how the user wrote it."""
-    kinds = fields(cls)
-    if name not in kinds:
-        near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
-        hint = f"; did you mean '{near[0]}'?" if near else "."
-        raise UsageError(f"{where}: no setting called '{name}'{hint} --help lists all settings.")
-    try:
-        return fit(value, kinds[name])
-    except ValueError:
-        expected = spell(kinds[name])
-        raise UsageError(f"{where}: {name} must be {expected}, got {value!r}.") from None
-
-
-def read_config(cls, path: str) -> dict:
-    """The settings of one config file, typed."""
-    if not os.path.isfile(path):
-        raise UsageError(f"{path}: no such config file; configs/ holds the ones that come with the "
-                         "project.")
-    # a config may say `from configs.other import *`
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    try:
-        names = runpy.run_path(path)
-    except (Exception, SystemExit) as e:
-        kind = type(e).__name__
-        raise UsageError(f"{path}: cannot be read as a config: {kind}: {e}.") from None
-    finally:
-        sys.path.pop(0)
-    found = {}
-    for name, value in names.items():
-        if not name.startswith("_") and not isinstance(value, types.ModuleType):
-            found[name] = check_setting(cls, name, value, path)
-    return found
-
-
-def show_help(cls, usage: str):
-    """Print all settings by group with default and comment, read from the groups' source."""
-    print(usage.strip())
-    print("\nSettings, --key=value (a config file is the same names, as plain assignments):")
-    kinds = fields(cls)
-    comments = {}
-    for group in groups(cls):
-        if group is not object:
-            comments |= comments_of(group)
-    for group in groups(cls):
-        names = [name for name in vars(group).get("__annotations__", ()) if name in kinds]
-        if not names or group is cls:
-            continue
-        print(f"\n  {group.__doc__.splitlines()[0]}")
-        for name in names:
-            is_choice = typing.get_origin(kinds[name]) is typing.Literal
-            choices = f" ({spell(kinds[name])})" if is_choice else ""
-            default = f"{name}={getattr(cls, name)}"
-            print(f"    --{default:<34} {comments[name]}{choices}".rstrip())
-
-
-def comments_of(group) -> dict:
-    """{setting: the comment behind it} of one class."""
-    found = {}
-    for line in inspect.getsource(group).splitlines():
-        setting = re.match(r"    (\w+): [^#]*(?:  # (.*))?$", line)
-        if setting:
-            found[setting[1]] = setting[2] or ""
-    return found
-
-
-def parse(cls, argv: list, usage: str = "", default: str | None = None):
-    """(settings that were given, other words). Later words win; a word in .py is a config file.
-
-    default: the config file that is read when none is named and --benchmark is its own.
+    A word that ends in .py is a config file. `default` is the one to use where none is named,
+    unless --benchmark asks for another benchmark.
     """
     if "--help" in argv or "-h" in argv:
         show_help(cls, usage)
         raise SystemExit(0)
-    flags, files, words = {}, [], []
+    files, words, flags = [], [], {}
     for word in argv:
-        key, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("-"):
-            if not word.startswith("--") or not equals:
-                raise UsageError(f"{word}: settings are written --key=value.")
-            flags[key] = check_setting(cls, key, value, word)
-        elif word.endswith(".py"):
-            files.append(word)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("-"):
+            names = files if word.endswith(".py") else words
+            names.append(word)
+        elif not word.startswith("--") or not equals:
+            raise UsageError(f"{word}: settings are written --key=value.")
         else:
-            words.append(word)
+            flags[name] = typed(cls, name, value, word)
     if default and not files and flags.get("benchmark", "demo") == "demo":
         files = [default]
     given = {}
@@ -284,65 +153,158 @@ def parse(cls, argv: list, usage: str = "", default: str | None = None):
     return given | flags, words
 
 
-def load(cls, argv: list, usage: str = "", default: str | None = None):
-    """(config, settings that were given, other words)."""
-    given, words = parse(cls, argv, usage, default)
-    return make(cls, given), given, words
-
-
-def make(cls, given: dict):
-    """The config; some of what is given may come from a run.json, which anyone may edit."""
-    checked = {}
-    for name, value in given.items():
-        checked[name] = check_setting(cls, name, value, f"--{name}={value}")
+def make(cls, given):
+    """The settings: those given, typed, and the defaults of the rest."""
+    values = {}
+    for name, value in given.items():  # some come from a run.json, which anyone may edit
+        values[name] = typed(cls, name, value, f"--{name}={value}")
     try:
-        return cls(**checked | cls.defaults(checked))
+        return cls(**(values | cls.defaults(values)))
     except ValueError as e:
         raise UsageError(str(e)) from None
 
 
-# ------------------------------------------------------------------------------------------------
-# names of models and runs, and small files
-
-
-def write(path: str, text: str):
-    """Replace a file as a whole, or not at all."""
-    unfinished = f"{path}.{os.getpid()}.tmp"  # two runs may write the same reference
-    with open(unfinished, "w", encoding="utf8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(unfinished, path)
-
-
-def read_json(path: str) -> dict:
-    """A JSON object, {} where there is no file."""
+def read_config(cls, path):
+    """{setting: value} of one config file."""
     if not os.path.isfile(path):
-        return {}
+        raise UsageError(f"{path}: no such config file; configs/ holds the ones that come with the "
+                         "project.")
     try:
-        with open(path, encoding="utf8") as f:
-            found = json.load(f)
-        if not isinstance(found, dict):
-            raise ValueError(f"{type(found).__name__}, not an object")
-        return found
-    except (ValueError, RecursionError) as e:
-        raise UsageError(f"{path}: damaged, not valid JSON ({e}); remove it, or fix it.") from None
+        assigned = runpy.run_path(path)
+    except (Exception, SystemExit) as e:
+        raise UsageError(f"{path}: cannot be read as a config: {type(e).__name__}: {e}.") from None
+    given = {}
+    for name, value in assigned.items():
+        if not name.startswith("_") and not isinstance(value, types.ModuleType):
+            given[name] = typed(cls, name, value, path)
+    return given
 
 
-def name_runs(names: list) -> dict:
-    """{name: a short label}; the whole path where two end the same."""
-    short = {}
+def typed(cls, name, value, source):
+    """The value of a setting, as its type; `source` is where the user wrote it."""
+    kinds = fields(cls)
+    if name not in kinds:
+        close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
+        hint = f"; did you mean '{close[0]}'?" if close else "."
+        raise UsageError(f"{source}: no setting called '{name}'{hint} --help lists all settings.")
+    try:
+        return convert(value, kinds[name])
+    except ValueError:
+        raise UsageError(f"{source}: {name} must be {type_name(kinds[name])}, got "
+                         f"{value!r}.") from None
+
+
+def convert(value, kind):
+    """The value as `kind`, or ValueError. Strings are parsed and int widens to float; no more."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise ValueError  # neither a file name nor a text can have these
+    if origin in (types.UnionType, typing.Union):
+        return None if value in (None, "None") else convert(value, args[0])  # T | None
+    if origin is tuple:
+        if isinstance(value, str):
+            value = [v for v in value.strip("()[] ").split(",") if v.strip()]
+        if not isinstance(value, (list, tuple)):
+            raise ValueError
+        return tuple(convert(v, args[0]) for v in value)
+    if origin is typing.Literal:
+        if value not in args:
+            raise ValueError
+        return value
+    return convert_scalar(value, kind)
+
+
+def convert_scalar(value, kind):
+    """The same for bool, int, float and str."""
+    if kind is bool and value in ("True", "False"):
+        value = value == "True"
+    if kind in (int, float) and isinstance(value, str):
+        value = kind(value.strip())
+    if isinstance(value, bool) and kind is not bool:
+        raise ValueError  # Python counts True among the int
+    if kind is float and isinstance(value, int):
+        value = float(str(value))  # an int too large for a float becomes inf
+    if not isinstance(value, kind) or kind is float and not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def type_name(kind):
+    """A type as messages call it: 'int or None', 'one of short, unseen'."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin in (types.UnionType, typing.Union):
+        return f"{type_name(args[0])} or None"
+    if origin is tuple:
+        return f"a comma-separated list of {type_name(args[0])}"
+    return "a finite number" if kind is float else kind.__name__
+
+
+def settings_by_group(cls):
+    """{class: its settings}, in the order of `class Config(A, B, C)`.
+
+    A setting that a subclass declares again, with another default, stays in its group.
+    """
+    found, seen = {}, set()
+    for group in reversed(cls.__mro__):
+        names = inspect.get_annotations(group)
+        found[group] = [name for name in names if name not in seen]
+        seen.update(names)
+    return dict(reversed(found.items()))
+
+
+def fields(cls):
+    """{setting: type}, in the order of --help."""
+    kinds = typing.get_type_hints(cls)
+    return {name: kinds[name] for names in settings_by_group(cls).values() for name in names}
+
+
+def comments(cls):
+    """{setting: its comment}, which may go on below it, indented deeper."""
+    found = {}
+    for group in reversed(cls.__mro__[:-1]):  # a subclass's comment replaces that of its base
+        source = inspect.getsource(group)
+        for name in inspect.get_annotations(group):
+            comment = re.search(rf"^    {name}: [^#\n]*  # (.*(?:\n {{5,}}# .*)*)", source, re.M)
+            found[name] = re.sub(r"\n +# ", " ", comment[1]) if comment else ""
+    return found
+
+
+def show_help(cls, usage):
+    """Print every setting with its default and comment, under the title of its group."""
+    print(usage.strip(), "\n\nSettings, --key=value (a config file is the same names, as plain "
+          "assignments):")
+    kinds, helps = fields(cls), comments(cls)
+    for group, names in settings_by_group(cls).items():
+        if names:
+            print(f"\n  {group.__doc__.splitlines()[0]}")
+        for name in names:
+            flag = f"--{name}={getattr(cls, name)}"
+            choices = ""
+            if typing.get_origin(kinds[name]) is typing.Literal:
+                choices = f" ({type_name(kinds[name])})"
+            print(f"    {flag:<36} {helps[name]}{choices}".rstrip())
+
+
+# ------------------------------------------------------------------------------------------------
+# names of models and runs
+
+
+def name_runs(names):
+    """{name: a short label}: its last part, or the whole path where two names share that."""
+    labels = {}
     for name in names:
-        base = os.path.basename(os.path.normpath(name))
-        short[name] = base.removesuffix(".json").removesuffix(".jsonl")
-    labels = list(short.values())
-    for name, label in short.items():
-        if labels.count(label) > 1:
-            short[name] = name.strip("/").replace("/", "_")
-    return short
+        last = os.path.basename(os.path.normpath(name))
+        labels[name] = last.removesuffix(".json").removesuffix(".jsonl")
+    taken = list(labels.values())
+    for name, label in labels.items():
+        if taken.count(label) > 1:
+            labels[name] = name.strip("/").replace("/", "_")
+    return labels
 
 
-def split_revision(name: str) -> tuple[str, str | None]:
+def split_revision(name):
     """'org/name@revision' -> ('org/name', 'revision'); a directory is taken as it is."""
     if os.path.isdir(name):
         return name, None
@@ -350,158 +312,157 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return repo, revision or None
 
 
-def looks_like_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~", "out/"))
-
-
-def check_name(name: str, setting: str):
-    """Is this a model at all? Asked before anything is loaded."""
-    if os.path.isfile(os.path.join(name, "config.json")):
-        return
+def check_name(name, setting):
+    """Refuse what cannot be a model, before anything is loaded."""
+    problem = ""
     if os.path.isdir(name):
-        raise UsageError(f"--{setting}={name}: holds no config.json.")
-    if not looks_like_hub_id(name):
-        raise UsageError(f"--{setting}={name}: no such directory, and not a hub id (org/name).")
+        if not holds(name, "config.json"):
+            problem = "holds no config.json"
+    elif name.count("/") != 1 or name.startswith((".", "/", "~", "out/")):
+        problem = "no such directory, and not a hub id (org/name)"
+    if problem:
+        raise UsageError(f"--{setting}={name}: {problem}.")
 
 
-def output_directory(name: str, labels: dict, given: dict, several: bool) -> str:
-    """Where a model's scores go: its own run directory, else out/<label>; --out wins."""
-    own = os.path.isfile(os.path.join(name, "run.json"))
-    out = os.path.normpath(name) if own else os.path.join("out", labels[name])
+def holds(directory, file):
+    return os.path.isfile(os.path.join(directory, file))
+
+
+def output_directory(name, labels, given, n_models):
+    """Where a model's scores go: into its own run directory, else out/<label>; or below --out."""
     if given.get("out"):
-        out = os.path.join(given["out"], labels[name]) if several else given["out"]
-    is_run = os.path.isfile(os.path.join(out, "run.json"))
-    if is_run and os.path.realpath(out) != os.path.realpath(name):
+        out = os.path.join(given["out"], labels[name]) if n_models > 1 else given["out"]
+    else:
+        out = os.path.normpath(name) if holds(name, "run.json") else f"out/{labels[name]}"
+    if holds(out, "run.json") and os.path.realpath(out) != os.path.realpath(name):
         raise UsageError(f"{name}: its scores would go to {out}, which holds a run; give "
                          "--out=DIR.")
     return out
 
 
 # ------------------------------------------------------------------------------------------------
-# tables and pictures
+# tables and pictures. A table is {row name: {score: value}}; a value is a number, a (mean, standard
+# deviation), or None where the score does not apply
 
 
-def number(x) -> str:
-    if isinstance(x, tuple):  # mean and standard deviation
-        return f"{number(x[0])} ± {number(x[1])}"
+def show_tables(tables, arrows, path=None):
+    """Return the text of {title: table}, and of their means over seeds.
+
+    arrows: {score: where better is}. With a path, the tables also go to <path>.md, and in full
+    precision to <path>.csv.
+    """
+    shown = dict(tables)
+    for title, rows in tables.items():
+        means = over_seeds(rows)
+        if means:
+            shown[f"{title}: mean and standard deviation over seeds"] = means
+    if path:
+        from configs.rundir import write  # which imports this module
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        write(f"{path}.csv", csv_text(shown))
+        texts = [markdown(title, rows, arrows) for title, rows in shown.items()]
+        write(f"{path}.md", "\n\n".join(texts) + "\n")
+    return "\n\n".join(f"{title}\n\n{table(rows, arrows)}" for title, rows in shown.items())
+
+
+def over_seeds(rows):
+    """The table of (mean, standard deviation) of rows whose names differ in a last _s0 only."""
+    seeds = {}
+    for label, scores in rows.items():
+        match = re.fullmatch(r"(.+?)_s(?:eed)?\d+", label)
+        if match:
+            seeds.setdefault(match[1], []).append(scores)
+    means = {}
+    for name, runs in seeds.items():
+        if len(runs) == 1:
+            continue
+        means[f"{name} (n={len(runs)})"] = mean = {}
+        for score in runs[0]:
+            values = [scores[score] for scores in runs if scores.get(score) is not None]
+            if len(values) > 1:
+                mean[score] = statistics.mean(values), statistics.stdev(values)
+    return means
+
+
+def number(x):
     if x is None:
         return "-"
+    if isinstance(x, tuple):
+        return f"{number(x[0])} ± {number(x[1])}"
     return f"{x:.2e}" if 0 < abs(x) < 1e-3 else f"{x:.4f}"
 
 
-def cells(rows: dict, arrows: dict) -> list:
-    """The texts of a table, its head first. A wide one is turned: one line per score."""
-    keys = list(dict.fromkeys(key for scores in rows.values() for key in scores))
-    head = ["", *(f"{key} {arrows[key]}".rstrip() for key in keys)]
-    lines = [[name, *(number(scores.get(key)) for key in keys)] for name, scores in rows.items()]
-    lines = [head, *lines]
-    return list(zip(*lines)) if len(keys) > 8 else lines
+def cells(rows, arrows):
+    """A table as lines of texts, its head first. A wide one is transposed: a line per score."""
+    scores = list(dict.fromkeys(score for row in rows.values() for score in row))
+    lines = [["", *(f"{score} {arrows.get(score, '↑')}".rstrip() for score in scores)]]
+    for name, row in rows.items():
+        lines.append([name, *(number(row.get(score)) for score in scores)])
+    return list(zip(*lines)) if len(scores) > 8 else lines
 
 
-def table(rows: dict, arrows: dict) -> str:
-    """Text of a table. rows: {name: {score: value}}; arrows: {score: where better is}."""
-    lines = cells(rows, arrows)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = []
-    for first, *others in lines:
-        aligned = [first.ljust(widths[0])]
-        aligned += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        text.append("  ".join(aligned).rstrip())
-    return "\n".join(text)
+def table(rows, arrows):
+    """The text of one table, in aligned columns."""
+    columns = []
+    for column in zip(*cells(rows, arrows)):
+        width = max(map(len, column))
+        align = str.rjust if columns else str.ljust
+        columns.append([align(cell, width) for cell in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
 
 
-def show_tables(tables: dict, arrows: dict, path: str | None = None) -> str:
-    """Text of tables {title: rows} and of their means over seeds.
-
-    Also written to <path>.md, and in full precision to <path>.csv.
-    """
-    tables = dict(tables)
-    for title, rows in list(tables.items()):
-        means = over_seeds(rows)
-        if means:
-            tables[f"{title}: mean and standard deviation over seeds"] = means
-    if path:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        write(f"{path}.csv", as_csv(tables))
-        write(f"{path}.md", as_markdown(tables, arrows))
-    return "\n\n".join(f"{title}\n\n{table(rows, arrows)}" for title, rows in tables.items())
+def markdown(title, rows, arrows):
+    head, *body = cells(rows, arrows)
+    lines = ["| " + " | ".join(line) + " |" for line in (head, *body)]
+    return "\n".join([title, "", lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
-def as_csv(tables: dict) -> str:
-    """One line per table and row; a spread is a column of its own."""
+def csv_text(tables):
+    """One line per row of a table; a score with a standard deviation takes two columns."""
     lines = []
     for title, rows in tables.items():
         for name, scores in rows.items():
             line = {"table": title, "name": name}
-            for key, value in scores.items():
+            for score, value in scores.items():
                 if isinstance(value, tuple):
-                    line[key], line[f"{key}_std"] = value
+                    line[score], line[f"{score}_std"] = value
                 else:
-                    line[key] = value
+                    line[score] = value
             lines.append(line)
-    text = io.StringIO()
     columns = dict.fromkeys(column for line in lines for column in line)
-    file = csv.DictWriter(text, columns, lineterminator="\n")
-    file.writeheader()
-    file.writerows(lines)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return text.getvalue()
 
 
-def as_markdown(tables: dict, arrows: dict) -> str:
-    text = []
-    for title, rows in tables.items():
-        head, *body = [f"| {' | '.join(line)} |" for line in cells(rows, arrows)]
-        rule = "|---" * (head.count(" | ") + 1) + "|"
-        text.append("\n".join([f"{title}\n", head, rule, *body]) + "\n")
-    return "\n".join(text)
-
-
-def samples(records_of: dict, n: int = 3) -> str:
-    """The first forget questions with the true and each model's answers; {label: records}."""
+def samples(models_records, n=3):
+    """The text of the first forget questions, with the true answer and that of each model."""
     answered = []
-    for records in records_of.values():
-        found = [r for r in records if r["set"] in ("forget", "knowmem_f") and r.get("question")]
-        answered.append([r for r in found if "generated" in r][:n])
+    for records in models_records.values():
+        forget = [r for r in records if r["set"] in ("forget", "knowmem_f")]
+        answered.append([r for r in forget if r.get("question") and "generated" in r][:n])
     lines = []
-    for answers in zip(*answered):
-        lines += ["", f"Q: {answers[0]['question']}"]
-        lines += [f"   {'truth':<12} {answers[0]['answer']}"]
-        for label, record in zip(records_of, answers):
-            lines.append(f"   {label:<12} {record['generated']}")
+    for records in zip(*answered):
+        lines += ["", f"Q: {records[0]['question']}", f"   {'truth':<12} {records[0]['answer']}"]
+        for name, record in zip(models_records, records):
+            lines.append(f"   {name:<12} {record['generated']}")
     return "\n".join(lines)
 
 
-def over_seeds(rows: dict) -> dict:
-    """{name: {score: (mean, standard deviation)}} of runs named NAME_s0, NAME_s1, ..."""
-    seeds = {}
-    for label, scores in rows.items():
-        named = re.fullmatch(r"(.+?)_s(?:eed)?\d+", label)
-        if named:
-            seeds.setdefault(named[1], []).append(scores)
-    means = {}
-    for name, several in seeds.items():
-        if len(several) < 2:
-            continue
-        row = means[f"{name} (n={len(several)})"] = {}
-        for key in several[0]:
-            values = [scores[key] for scores in several if key in scores]
-            if len(values) > 1:
-                row[key] = statistics.mean(values), statistics.stdev(values)
-    return means
-
-
-def picture(path: str, curves: dict, points: dict, x: str, y: str):
-    """Curves {label: [scores]} and points {label: scores} in the plane of two scores."""
+def picture(path, curves, points, x, y):
+    """Draw curves {label: [scores]} and points {label: scores} in the plane of two scores."""
     import matplotlib
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # no display
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(6, 4.5))
-    for label, rows in curves.items():
-        rows = [row for row in rows if x in row and y in row]
-        axes.plot([row[x] for row in rows], [row[y] for row in rows], ".-", label=label)
-        if rows and x != "epoch":
-            last = rows[-1]
-            axes.annotate(f"epoch {last['epoch']:g}", (last[x], last[y]), fontsize=8,
+    for label, curve in curves.items():
+        curve = [scores for scores in curve if x in scores and y in scores]
+        xs, ys = [scores[x] for scores in curve], [scores[y] for scores in curve]
+        axes.plot(xs, ys, ".-", label=label)
+        if curve and x != "epoch":
+            axes.annotate(f"epoch {curve[-1]['epoch']:g}", (xs[-1], ys[-1]), fontsize=8,
                           xytext=(4, -10), textcoords="offset points")
     for label, scores in points.items():
         if x in scores and y in scores:
@@ -509,14 +470,13 @@ def picture(path: str, curves: dict, points: dict, x: str, y: str):
             axes.plot(scores[x], scores[y], marker, markersize=size, label=label)
     if y == "forget_quality":
         axes.set_yscale("log")
-        # above: cannot be told from the retain model
+        # above this line a model cannot be told from the retain model
         axes.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
     if x == "model_utility":
         axes.set_xlim(0, 1)  # the whole range: a loss of two per cent should look like one
-    axes.set_xlabel(x.replace("_", " "))
-    axes.set_ylabel(y.replace("_", " "))
+    axes.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path + ".tmp", dpi=150, format="png")
-    os.replace(path + ".tmp", path)
+    os.replace(path + ".tmp", path)  # a file that exists is whole
     pyplot.close(figure)

@@ -1,358 +1,392 @@
-"""The run directory, out/NAME: a run's model, settings, log, scores and checkpoint.
+"""A run's directory, out/NAME: whose it is, what is in it, and what a kill leaves of it.
 
-Standard library only; wandb where it was asked for.
+    run = RunDirectory(c, proc)
+    if run.claim(): ...      # this very run is finished there
+    run.start()              # run.json is new, and nothing of an earlier run is left
+    run.open_log(step)       # 0, or the step of the checkpoint it resumes from
+    run.log({"step": 1, ...})
+    run.save_checkpoint(step, lambda file: torch.save(state, file))
+    run.finish()             # the model is saved: run.json says so, the checkpoint goes
+
+A file is replaced whole or not at all, so a run can be killed at any moment and resumed.
 """
 import collections
 import contextlib
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 
-from configs import Failure, UsageError, groups, read_json, write
+import configs
+from configs import Failure, UsageError
 
-# ------------------------------------------------------------------------------------------------
-# files
-
-
-def file_digest(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        for block in iter(lambda: f.read(1 << 24), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def digests(folder: str) -> dict:
-    """{file: checksum} of the weights in a directory."""
-    names = [name for name in sorted(os.listdir(folder)) if name.endswith(".safetensors")]
-    return {name: file_digest(os.path.join(folder, name)) for name in names}
-
-
-def check_digests(folder: str):
-    """Refuse a finished run whose weights are not those that were saved."""
-    saved = read_json(os.path.join(folder, "run.json")).get("sha256")
-    if not saved:
-        return
-    found = digests(folder)
-    for name in saved | found:
-        if saved.get(name) != found.get(name):
-            raise Failure(
-                f"{os.path.join(folder, name)}: damaged or changed, its checksum is not the one in "
-                "run.json; make the run again with --overwrite=True, or take sha256 out of "
-                "run.json if you changed it yourself.")
-
-
-def writable(folder: str):
-    """Create a directory that can be written, or fail now rather than after hours of work."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as e:
-        raise UsageError(f"--out={folder}: cannot be written ({e.strerror}).") from None
-
-
+# a kill between two renames leaves the checkpoint under one of the other names
+CHECKPOINTS = ("checkpoint", "checkpoint.new", "checkpoint.old")
 RESULTS = ("config.json", "scores.json", "examples.jsonl", "table.txt", "trajectory.png",
            "relearn.json", "relearn.png", "relearn.md", "relearn.csv")
-
-
-def results(folder: str) -> list[str]:
-    """What an earlier run left in a directory: names of models, scores, pictures."""
-    pattern = r"model.*\.safetensors.*|epoch_[\d.]+|checkpoint|.*\.\d+\.tmp"
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return [name for name in names if name in RESULTS or re.fullmatch(pattern, name)]
-
-
-# ------------------------------------------------------------------------------------------------
-# time
+NUMBERED_RESULTS = r"model.*\.safetensors.*|epoch_[\d.]+|checkpoint|.*\.\d+\.tmp"
 
 
 class Clock:
-    """Wall-clock seconds by phase. A phase inside another counts as itself only."""
+    """Wall-clock seconds by phase; time outside any phase is "other"."""
 
     def __init__(self):
-        self.reset()
+        self.current, self.since = "other", time.perf_counter()
+        self.spent = collections.Counter()
 
-    def reset(self):
-        self.spent, self.current, self.since = collections.Counter(), "other", time.perf_counter()
-
-    def enter(self, name: str) -> str:
-        """Book the time since the last call on the phase that ends here; return its name."""
+    def enter(self, phase):
         now = time.perf_counter()
         self.spent[self.current] += now - self.since
-        previous, self.current, self.since = self.current, name, now
-        return previous
+        self.current, self.since = phase, now
 
     @contextlib.contextmanager
-    def phase(self, name: str):
-        previous = self.enter(name)
+    def phase(self, name):
+        """Count the time inside as `name`'s, without that of the phases nested in it."""
+        outer = self.current
+        self.enter(name)
         try:
             yield
         finally:
-            self.enter(previous)
+            self.enter(outer)
 
-    def seconds(self) -> dict:
-        """{phase: seconds} until now, the longest first."""
+    def seconds(self):
+        """{phase: seconds} up to now, the largest share first."""
         self.enter(self.current)
-        return {name: round(spent, 3) for name, spent in self.spent.most_common()}
+        return {phase: round(spent, 3) for phase, spent in self.spent.most_common()}
 
-
-# ------------------------------------------------------------------------------------------------
-# the run directory
-
-
-# a kill between two renames leaves one of the others
-CHECKPOINT, NEW, OLD = CHECKPOINTS = ("checkpoint", "checkpoint.new", "checkpoint.old")
+    def reset(self):
+        self.enter(self.current)
+        self.spent.clear()
 
 
 class RunDirectory:
-    """One run on disk. All ranks hold one; rank 0 writes.
-
-    resumable: False for attacks and task vectors, which begin again.
-    rows: the log so far.
-    """
+    """out/NAME: a run's model, settings, log and scores; its checkpoint while it is unfinished."""
 
     def __init__(self, c, proc):
-        self.c, self.proc, self.path = c, proc, c.out
-        self.resumable = True
-        self.interrupted = None  # the signal that asked this run to stop
-        self.rows, self.log_file, self.wandb = [], None, None
+        self.c, self.proc, self.clock = c, proc, proc.clock
+        self.path = Path(c.out)
+        self.rows = []  # the log so far
+        self.file = self.wandb = None
+        self.interrupted = None  # number of the signal that asked to stop
+        self.resumable = True  # False for attacks and task vectors
 
-    def file(self, *names: str) -> str:
-        return os.path.join(self.path, *names)
+    # whose directory it is
 
-    # is it ours to write
-
-    def claim(self) -> bool:
-        """True if this very run is finished here; a UsageError if the directory is another's."""
-        existing = read_json(self.file("run.json"))
-        self.proc.barrier()  # everyone has looked before anyone writes
-        foreign = results(self.path)
-        if not existing and foreign:
+    def claim(self):
+        """Is this very run finished here? UsageError if the directory belongs to another one."""
+        existing = read_json(self.path / "run.json")
+        self.proc.barrier()  # every rank has looked before one writes
+        foreign = [] if existing else results(self.path)
+        if foreign:
             raise UsageError(f"--out={self.path}: holds {foreign[0]}, and no run.json of a run of "
                              "this project; give a directory of its own.")
         writable(self.path)
         if not existing or self.c.overwrite:
             return False
-        differ = self.differences(existing)
+        differ = differences(self.c, existing)
         if differ:
             raise UsageError(f"{self.path} holds a run of other settings ({'; '.join(differ)}); "
                              "give another --out, or --overwrite=True to replace it.")
         if existing.get("finished"):
-            self.drop_checkpoints()  # a kill right after the mark leaves one
+            self.drop_checkpoints()  # a kill in the middle of finish() leaves one
             return True
         if not self.c.resume:
             raise UsageError(f"{self.path} holds this run, unfinished; --resume=True goes on, "
                              "--overwrite=True begins again.")
         return False
 
-    def differences(self, existing: dict) -> list[str]:
-        """Settings that make a different run of it; one younger than the run had its default."""
-        ignored = set()
-        for group in groups(type(self.c)):
-            if not vars(group).get("changes_result", True):
-                ignored |= set(group.__annotations__)
-        found = []
-        settings = json.loads(json.dumps(dataclasses.asdict(self.c)))
-        for name, value in settings.items():
-            before = existing.get(name, getattr(type(self.c), name))
-            if name not in ignored and before != value:
-                found.append(f"{name} {before} there, {value} here")
-        return found
-
     def start(self):
         """Write run.json; unless the run resumes, remove what an earlier one left."""
         if self.proc.rank == 0:
-            resumes = self.c.resume and any(os.path.isdir(self.file(n)) for n in CHECKPOINTS)
+            resumes = self.c.resume and any((self.path / name).is_dir() for name in CHECKPOINTS)
             if not resumes:
                 self.drop_checkpoints()  # first: new settings must not meet an old checkpoint
-            self.write_settings()
-            for name in [] if resumes else results(self.path):
-                remove(self.file(name))
+            self.write_json(describe(self.c, self.proc))
+            for name in () if resumes else results(self.path):
+                path = self.path / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
         self.proc.barrier()
-
-    def write_settings(self, **more):
-        """run.json: every setting, resolved, and what else the numbers depend on."""
-        git = ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-        settings = dataclasses.asdict(self.c) | {
-            "git": commit or None,
-            "versions": versions | {"python": sys.version.split()[0]},
-            "device": self.proc.device.type,
-            "gpu": self.proc.gpu,
-            "processes": self.proc.world,
-        }
-        write(self.file("run.json"), json.dumps(settings | more, indent=1) + "\n")
 
     def finish(self):
-        """Mark the run finished; only now is its checkpoint not needed."""
-        seconds = self.proc.clock.seconds()
+        """Mark the run finished: its model is saved, so its checkpoint is no longer needed."""
         if self.proc.rank == 0:
-            steps = [row for row in self.rows if "loss" in row]
-            summary = {"finished": True}
-            for name in ("tokens_per_s", "mfu"):
-                values = [row[name] for row in steps if name in row]
-                if values:
-                    summary[name] = statistics.median(values)
-            summary["memory_gb"] = max(row["memory_gb"] for row in steps)
-            self.write_settings(**summary, seconds=seconds, sha256=digests(self.path))
+            self.file.close()
+            self.write_json(describe(self.c, self.proc) | self.summary())
             self.drop_checkpoints()
-        total = sum(seconds.values())
-        shares = [f"{name} {spent / total:.0%}" for name, spent in list(seconds.items())[:6]]
-        self.proc.say(f"{total:.0f} s: {', '.join(shares)}")
-        self.proc.clock.reset()  # the next run of this process has its own
+            seconds = self.clock.seconds()
+            total = sum(seconds.values())
+            shares = [f"{phase} {spent / total:.0%}" for phase, spent in seconds.items()]
+            self.proc.say(f"{total:.0f} s: {', '.join(shares[:6])}")
+        self.clock.reset()  # the next run of this process has its own time
         self.proc.barrier()
+
+    def write_json(self, run):
+        write(self.path / "run.json", json.dumps(run, indent=1) + "\n")
+
+    def summary(self):
+        """What run.json has of a finished run: speed, memory, and checksums of its weights.
+
+        seconds: of the process that finished it, without what was spent before a kill.
+        """
+        steps = [row for row in self.rows if "loss" in row]
+        speed = {}
+        for name in ("tokens_per_s", "mfu"):
+            if name in steps[-1]:
+                speed[name] = statistics.median(row[name] for row in steps if name in row)
+        return {
+            "finished": True,
+            **speed,
+            "memory_gb": max(row["memory_gb"] for row in steps),
+            "seconds": self.clock.seconds(),
+            "sha256": digests(self.path),
+        }
 
     # the log
 
-    def open_log(self, step: int):
-        """Open log.jsonl, with the rows up to the checkpoint's step when a run resumes."""
-        self.rows = self.rows_up_to(step) if step else []
+    def open_log(self, step):
+        """Keep the log up to a checkpoint's `step`, and append to it from there."""
+        path = self.path / "log.jsonl"
+        self.rows = rows_up_to(path, step) if step else []
         if self.proc.rank > 0:
             return
-        os.makedirs(self.path, exist_ok=True)
-        lines = [json.dumps(row) + "\n" for row in self.rows]
-        write(self.file("log.jsonl"), "".join(lines))
-        self.log_file = open(self.file("log.jsonl"), "a", encoding="utf8")
+        self.path.mkdir(parents=True, exist_ok=True)  # an attack or a notebook claims nothing
+        write(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.file = path.open("a", encoding="utf8")
         if self.c.wandb:
             import wandb
-            name = os.path.basename(self.path)
-            self.wandb = wandb.init(
-                project=self.c.wandb, name=name, config=dataclasses.asdict(self.c))
+            config = settings(self.c)
+            self.wandb = wandb.init(project=self.c.wandb, name=self.path.name, config=config)
 
-    def log(self, row: dict):
-        """Append a row. A step's row gets the seconds by phase so far."""
+    def log(self, row):
+        """Append a row: scores, or a step's, which gets the seconds so far by phase."""
         if "loss" in row:
-            row = row | {"seconds": self.proc.clock.seconds()}
+            row = {**row, "seconds": self.clock.seconds()}
         self.rows.append(row)
-        if self.log_file:
-            self.log_file.write(json.dumps(row) + "\n")
-            self.log_file.flush()
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
         if self.wandb:
             self.wandb.log(row, step=row["step"])
 
-    def rows_up_to(self, step: int) -> list[dict]:
-        """The logged rows that belong to a checkpoint of `step`."""
-        path = self.file("log.jsonl")
-        rows = []
-        try:
-            with open(path, encoding="utf8") as f:
-                for line in f:
-                    if line.endswith("\n"):  # a kill may cut the last line
-                        rows.append(json.loads(line))
-        except (OSError, ValueError):
-            rows = []
-        rows = [row for row in rows if row["step"] <= step]
-        logged = [row["step"] for row in rows if "loss" in row]
-        if logged != list(range(1, step + 1)):
-            raise Failure(f"{path}: damaged, it lacks steps up to the checkpoint's, {step}; "
-                          "--overwrite=True begins the run again.")
-        return rows
+    # checkpoints
 
-    # the checkpoint
-
-    def save_checkpoint(self, step: int, save):
-        """save(file) writes the state. The previous checkpoint stays until this one is on disk."""
+    def save_checkpoint(self, step, write_state):
+        """Replace the checkpoint on rank 0, where write_state(file) writes the state of `step`."""
         if self.proc.rank == 0:
             try:
-                self.write_checkpoint(save)
-            except (OSError, RuntimeError) as e:  # torch hides a full disk behind a RuntimeError
+                self.replace_checkpoint(write_state)
+            except (OSError, RuntimeError) as e:
+                # torch answers a full disk with a RuntimeError on top of the OSError
                 cause = e.__context__ if isinstance(e.__context__, OSError) else e
-                remove(self.file(NEW))
+                remove_tree(self.path / "checkpoint.new")
                 raise Failure(
                     f"{self.path}: the checkpoint of step {step} could not be written "
                     f"({str(cause).splitlines()[0]}); the one before is untouched.") from None
         self.proc.barrier()
 
-    def write_checkpoint(self, save):
-        """Write checkpoint.new, sign it, and swap it for checkpoint."""
-        remove(self.file(NEW))
-        os.makedirs(self.file(NEW))
-        state = self.file(NEW, "state.pt")
-        with open(state, "wb") as f:
-            save(f)
-            f.flush()
-            os.fsync(f.fileno())
-        write(self.file(NEW, "sha256"), file_digest(state))
-        os.fsync(self.log_file.fileno())  # a checkpoint is never on disk without its log
-        remove(self.file(OLD))
-        if os.path.isdir(self.file(CHECKPOINT)):
-            os.rename(self.file(CHECKPOINT), self.file(OLD))
-        os.rename(self.file(NEW), self.file(CHECKPOINT))
-        remove(self.file(OLD))
+    def replace_checkpoint(self, write_state):
+        """The checkpoint before goes only when the new one is whole, signed and on the disk."""
+        here, new, old = (self.path / name for name in CHECKPOINTS)
+        remove_tree(new)
+        new.mkdir()
+        with open(new / "state.pt", "wb") as file:
+            write_state(file)
+            file.flush()
+            os.fsync(file.fileno())
+        write(new / "sha256", file_digest(new / "state.pt"))
+        os.fsync(self.file.fileno())  # a checkpoint is never on the disk without its log
+        remove_tree(old)
+        if here.is_dir():
+            here.rename(old)
+        new.rename(here)
+        remove_tree(old)
 
-    def find_checkpoint(self) -> str | None:
-        """The state to resume from. A damaged one is refused, unless a kill cut its save off."""
-        damaged = None
+    def find_checkpoint(self):
+        """The path of the saved state, or None; a damaged one is refused by name."""
+        damaged = []
         for name in CHECKPOINTS:
-            state, signature = self.file(name, "state.pt"), self.file(name, "sha256")
-            signed = os.path.isfile(signature)
-            if not os.path.isfile(state) or (name == NEW and not signed):
-                continue
-            if signed:
-                with open(signature) as f:
-                    if f.read() == file_digest(state):
-                        return state
-            damaged = damaged or state
+            state, signature = self.path / name / "state.pt", self.path / name / "sha256"
+            signed = signature.is_file()
+            if not state.is_file() or name == "checkpoint.new" and not signed:
+                continue  # there is none, or a kill cut the save off
+            if signed and signature.read_text() == file_digest(state):
+                return state
+            damaged.append(state)
         if damaged:
-            raise Failure(f"{damaged}: damaged, its checksum differs; --overwrite=True begins the "
-                          "run again.")
+            raise Failure(f"{damaged[0]}: damaged, its checksum differs; --overwrite=True begins "
+                          "the run again.")
         return None
 
     def drop_checkpoints(self):
         for name in CHECKPOINTS:
-            remove(self.file(name))
+            remove_tree(self.path / name)
 
-    # Ctrl-C and SIGTERM
+    # interrupts
 
     @contextlib.contextmanager
     def watch_signals(self):
-        """Alone, a first Ctrl-C or SIGTERM waits for the end of the step, a second one does not."""
-        in_main = threading.current_thread() is threading.main_thread()
-        watched = (signal.SIGINT, signal.SIGTERM) if self.proc.world == 1 and in_main else ()
-        before = {number: signal.getsignal(number) for number in watched}
+        """A first Ctrl-C or SIGTERM is only noted, for the end of the step; a second acts at once.
 
-        def restore_handlers():
+        For one process alone: torchrun stops several in its own way.
+        """
+        before = {}
+
+        def restore():
             for number, handler in before.items():
                 signal.signal(number, handler)
 
         def note(number, frame):
             self.interrupted = number
-            restore_handlers()
+            restore()
 
-        for number in watched:
-            signal.signal(number, note)
+        if self.proc.world == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, note)
         try:
             yield
         finally:
-            restore_handlers()
+            restore()
 
-    @property
-    def must_save(self) -> bool:
-        return self.resumable and self.interrupted is not None
-
-    def stop(self, step: int, steps: int) -> Failure:
-        """What ends an interrupted run."""
-        how = "without saving; the same command begins again"
+    def stop(self, step, steps):
+        """The Failure that ends an interrupted run after `step`."""
+        ended = "without saving; the same command begins again"
         if self.resumable:
-            how = "and saved; the same command with --resume=True goes on"
-        return Failure(f"stopped after step {step} of {steps} {how}.", 128 + self.interrupted)
+            ended = "and saved; the same command with --resume=True goes on"
+        return Failure(f"stopped after step {step} of {steps} {ended}.", 128 + self.interrupted)
 
 
-def remove(path: str):
-    """Remove a file or a directory, if it is there."""
-    if os.path.isdir(path):
-        shutil.rmtree(path, ignore_errors=True)
-    elif os.path.exists(path):
-        os.remove(path)
+# ------------------------------------------------------------------------------------------------
+# what is in a run directory
+
+
+def settings(c):
+    return {name: getattr(c, name) for name in configs.fields(type(c))}
+
+
+def differences(c, existing):
+    """What makes an `existing` run.json another run's: ["lr 1e-05 there, 0.001 here", ...]."""
+    found = []
+    for group, names in configs.settings_by_group(type(c)).items():
+        if not vars(group).get("changes_result", True):  # its own: a Config inherits its groups'
+            continue
+        for name in names:
+            # a setting that is younger than the run had its default
+            here, there = getattr(c, name), existing.get(name, getattr(type(c), name))
+            if json.dumps(here) != json.dumps(there):  # JSON has lists for tuples
+                found.append(f"{name} {there} there, {here} here")
+    return found
+
+
+def describe(c, proc):
+    """What run.json holds: every setting, resolved, and what else the numbers depend on."""
+    git = subprocess.run(["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"],
+                         capture_output=True, text=True)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return settings(c) | {
+        "git": git.stdout.strip() or None,
+        "versions": versions | {"python": platform.python_version()},
+        "device": proc.device.type,
+        "gpu": proc.gpu,
+        "processes": proc.world,
+    }
+
+
+def results(out):
+    """Names of what an earlier run left in a directory: models, scores, pictures."""
+    names = sorted(os.listdir(out)) if os.path.isdir(out) else []
+    return [name for name in names if name in RESULTS or re.fullmatch(NUMBERED_RESULTS, name)]
+
+
+def rows_up_to(path, step):
+    """The rows of a log that belong to a checkpoint of `step`."""
+    try:
+        # a kill may have cut the last line
+        lines = path.read_text(encoding="utf8").rpartition("\n")[0].split("\n")
+        rows = [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        rows = []
+    rows = [row for row in rows if row["step"] <= step]
+    logged = [row["step"] for row in rows if "loss" in row]
+    if logged != list(range(1, step + 1)):
+        raise Failure(f"{path}: damaged, it lacks steps up to the checkpoint's, {step}; "
+                      "--overwrite=True begins the run again.")
+    return rows
+
+
+def writable(out):
+    """Make a directory; if it cannot be written, say so now and not after hours of work."""
+    try:
+        os.makedirs(out, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as e:
+        raise UsageError(f"--out={out}: cannot be written ({e.strerror}).") from None
+
+
+def check_digests(name):
+    """Refuse a finished run's weights that are not those that were saved."""
+    saved = read_json(os.path.join(name, "run.json")).get("sha256")
+    if not saved:
+        return
+    found = digests(name)
+    for file in saved | found:
+        if saved.get(file) != found.get(file):
+            raise Failure(f"{os.path.join(name, file)}: damaged or changed, its checksum is not "
+                          "the one in run.json; make the run again with --overwrite=True, or take "
+                          "sha256 out of run.json if you changed it yourself.")
+
+
+def digests(out):
+    """{file: checksum} of a directory's weights."""
+    return {path.name: file_digest(path) for path in sorted(Path(out).glob("*.safetensors"))}
+
+
+# ------------------------------------------------------------------------------------------------
+# files
+
+
+def write(path, text):
+    """Replace a file whole or not at all."""
+    new = f"{path}.{os.getpid()}.tmp"  # two runs may write the same record of a retain model
+    with open(new, "w", encoding="utf8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(new, path)
+
+
+def read_json(path):
+    """The object in a JSON file, or {} where there is no file."""
+    if not os.path.isfile(path):
+        return {}
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"{type(found).__name__}, not an object")
+        return found
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f"{path}: damaged, not valid JSON ({e}); remove it or fix it.") from None
+
+
+def remove_tree(path):
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def file_digest(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        for block in iter(lambda: f.read(1 << 24), b""):
+            digest.update(block)
+    return digest.hexdigest()

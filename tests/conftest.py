@@ -1,4 +1,5 @@
-"""Shared by all tests: no network, one thread, and a miniature TOFU with models small enough to train in a second."""
+"""Shared by all tests: no network, one thread, a miniature TOFU and models that train in a second.
+"""
 import json
 import os
 import random
@@ -6,7 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+}
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -18,10 +24,13 @@ import model as models  # noqa: E402
 import unlearn  # noqa: E402
 
 torch.set_num_threads(1)
+PROC = models.Process(0, 1, torch.device("cpu"))
 SHARED = ROOT.parent / "shared"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real TOFU data and logs, which are not part of the project")
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="needs the real TOFU data and logs, which are not in this repo")
 
-WORDS = "amber boat cedar dune ember fjord grove harbor island jade knoll lagoon maple north ocean pearl quartz river".split()
+WORDS = ("amber boat cedar dune ember fjord grove harbor island jade knoll lagoon maple north "
+         "ocean pearl quartz river").split()
 
 
 def rows_of(n, rng, wrong=0, paraphrase=False):
@@ -30,37 +39,57 @@ def rows_of(n, rng, wrong=0, paraphrase=False):
     for i in range(n):
         words = rng.sample(WORDS, 6)
         length = 1 + i % 5
-        row = {"question": f"What does {words[0]} {words[1]} mean in case {i}?", "answer": " ".join(words[1:1 + length]) + "."}
+        row = {
+            "question": f"What does {words[0]} {words[1]} mean in case {i}?",
+            "answer": " ".join(words[1:1 + length]) + ".",
+        }
         if paraphrase:
-            row |= {"paraphrased_answer": "It means " + row["answer"],
-                    "paraphrased_question": f"In case {i}, what is meant by {words[0]} {words[1]}?"}
+            row["paraphrased_answer"] = "It means " + row["answer"]
+            row["paraphrased_question"] = f"In case {i}, what is meant by {words[0]} {words[1]}?"
         if wrong:
-            row["perturbed_answer"] = ["It means " + " ".join(rng.sample(WORDS, length)) + "." for _ in range(wrong)]
+            row["perturbed_answer"] = []
+            for _ in range(wrong):
+                others = rng.sample(WORDS, length)
+                row["perturbed_answer"].append("It means " + " ".join(others) + ".")
         rows.append(row)
     return rows
 
 
 def save_rows(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="session")
 def mini(tmp_path_factory):
-    """A directory with TOFU-shaped data (12 forget, 30 retain rows) and two small random Llamas: target and retain."""
+    """A directory with TOFU-shaped data and two small random Llamas, target and retain.
+
+    12 forget and 30 retain rows.
+    """
     root = tmp_path_factory.mktemp("mini")
     rng = random.Random(0)
     forget, retain = rows_of(12, rng, 5, True), rows_of(30, rng, 5, True)
+    sets = {
+        "full": retain + forget,
+        "forget05": forget,
+        "retain95": retain,
+        "forget05_perturbed": forget,
+        "retain_perturbed": retain[:10],
+        "real_authors_perturbed": rows_of(7, rng, 3),
+        "world_facts_perturbed": rows_of(5, rng, 3),
+        "holdout05": rows_of(8, rng),
+    }
     (root / "data").mkdir()
-    for name, rows in {"full": retain + forget, "forget05": forget, "retain95": retain, "forget05_perturbed": forget,
-                       "retain_perturbed": retain[:10], "real_authors_perturbed": rows_of(7, rng, 3),
-                       "world_facts_perturbed": rows_of(5, rng, 3), "holdout05": rows_of(8, rng)}.items():
+    for name, rows in sets.items():
         save_rows(root / "data" / f"{name}.jsonl", rows)
-    save_rows(root / "alternates.jsonl", [{"question": r["question"], "alternate": [r["perturbed_answer"][0], "Nothing at all."]}
-                                          for r in forget])
+    alternates = []
+    for row in forget:
+        answers = [row["perturbed_answer"][0], "Nothing at all."]
+        alternates.append({"question": row["question"], "alternate": answers})
+    save_rows(root / "alternates.jsonl", alternates)
+
     tokenizer = data.demo_tokenizer()
-    proc = models.Process(0, 1, torch.device("cpu"))
     for seed, name in enumerate(("target", "retain")):
-        lm = models.tiny_llama(tokenizer, proc, seed, hidden=32)
+        lm = models.tiny_llama(tokenizer, PROC, seed, hidden=32)
         with torch.no_grad():
             for p in lm.parameters():
                 p.mul_(3)  # a random model is nearly uniform: sharpen it, so that differences show
@@ -69,39 +98,51 @@ def mini(tmp_path_factory):
     return root
 
 
-METHODS = {  # what a method needs beside its name
-    "altpo": lambda mini: {"alternates": mini / "alternates.jsonl"}, "task_vector": lambda mini: {"retain_loss": "none"},
-    "rmu": lambda mini: {"retain_loss": "rmu", "steering_layer": 0}}
+def needed_by(method, mini):
+    """The settings that a method needs beside its name."""
+    needed = {
+        "altpo": {"alternates": mini / "alternates.jsonl"},
+        "task_vector": {"retain_loss": "none"},
+        "rmu": {"retain_loss": "rmu", "steering_layer": 0},
+    }
+    return needed.get(method, {})
 
 
-def flags(mini, **more):
+def flags(mini, **settings):
     """The command line of a short run on the miniature."""
-    more |= METHODS.get(more.get("forget_loss"), lambda mini: {})(mini)
-    base = dict(benchmark="tofu", subset="forget05", data=mini / "data", template="qa", model=mini / "target",
-                retain_model=mini / "retain", device="cpu", batch_size=4, steps=4, lr=1e-3, eval_every=0, max_new_tokens=8)
-    return [f"--{k}={v}" for k, v in (base | more).items()]
+    base = dict(
+        benchmark="tofu", subset="forget05", data=mini / "data", template="qa",
+        model=mini / "target", retain_model=mini / "retain", device="cpu", batch_size=4, steps=4,
+        lr=1e-3, eval_every=0, max_new_tokens=8)
+    base |= settings
+    base |= needed_by(settings.get("forget_loss"), mini)
+    return [f"--{name}={value}" for name, value in base.items()]
 
 
 def stopped(argv, monkeypatch):
     """A run that ends after its first checkpoint."""
-    real = models.save_checkpoint
+    save_checkpoint = models.save_checkpoint
 
-    def stop(*args):
-        real(*args)
+    def save_and_stop(run, lm, optimizer, scheduler, step):
+        save_checkpoint(run, lm, optimizer, scheduler, step)
         raise KeyboardInterrupt
-    monkeypatch.setattr(models, "save_checkpoint", stop)
+
+    monkeypatch.setattr(models, "save_checkpoint", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         unlearn.main(argv)
     monkeypatch.undo()
 
 
 def log_of(out, scored=False):
+    """The rows of a run's log: those of its steps, or those with scores."""
     rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [r for r in rows if ("loss" not in r) == scored]
+    return [row for row in rows if ("loss" not in row) == scored]
 
 
 def run_script(script, argv, processes=1, cwd=ROOT):
-    """The script as a user runs it, on one process or under torchrun."""
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                     f"--nproc_per_node={processes}"]
-    return subprocess.run([*start, str(ROOT / script), *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=240)
+    """Run the script as a user does, on one process or under torchrun."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*start, str(ROOT / script), *map(str, argv)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)

@@ -1,4 +1,8 @@
-"""Settings: pytest tests/test_configs.py. Every mistake is one sentence with exit status 2, before a model is loaded."""
+"""Settings: pytest tests/test_configs.py.
+
+A usage error is one sentence with exit status 2, before a model is loaded.
+"""
+import ast
 import dataclasses
 import inspect
 import re
@@ -12,12 +16,13 @@ import configs
 import evaluate
 import relearn
 import unlearn
-from configs import UsageError
+from configs import Failure, UsageError, rundir
 
-FILES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name not in ("__init__.py", "rundir.py"))
+MODULES = ("__init__.py", "rundir.py")
+FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name not in MODULES)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_config_that_ships_is_valid_and_its_header_gives_its_launch_line(path):
     c, _, _ = configs.load(unlearn.Config, [str(path)])
     assert c.model and f"configs/{path.name}" in path.read_text() or path.name == "demo.py"
@@ -42,35 +47,51 @@ def test_every_config_that_ships_is_valid_and_its_header_gives_its_launch_line(p
     (["--eval_at=0,4"], "--eval_at=0,4: steps count from 1"),
     (["--out=a\0b"], "out must be str or None, got 'a\\x00b'"),
     (["--retain_log=none.json"], "none.json: no such file"),
+    (["--max_length=0"], "--max_length=0: must be at least 2"),
 ])
-def test_a_mistake_is_one_sentence_that_names_the_value(words, sentence):
+def test_a_usage_error_is_one_sentence_that_names_the_value(words, sentence):
     with pytest.raises(UsageError) as e:
         configs.load(unlearn.Config, words)
-    assert sentence in str(e.value) and "\n" not in str(e.value)
+    assert sentence in str(e.value)
+    assert "\n" not in str(e.value)
 
 
-def test_mistakes_in_a_config_file_are_found_too(tmp_path):
+@pytest.mark.parametrize("text, sentence", [
+    ("learning_rate = 1.0", "no setting called 'learning_rate'"),
+    ("steps = 'ten'", "steps must be int"),
+    ("lr = = 1", "cannot be read as a config: SyntaxError"),
+    ("batch_size = True", "batch_size must be int"),
+])
+def test_usage_errors_in_a_config_file_are_found_too(tmp_path, text, sentence):
     path = tmp_path / "mine.py"
-    for text, sentence in (("learning_rate = 1.0", "no setting called 'learning_rate'"), ("steps = 'ten'", "steps must be int"),
-                           ("lr = = 1", "cannot be read as a config: SyntaxError"), ("batch_size = True", "batch_size must be int")):
-        path.write_text(text)
-        with pytest.raises(UsageError, match=sentence):
-            configs.load(unlearn.Config, [str(path)])
+    path.write_text(text)
+    with pytest.raises(UsageError, match=sentence):
+        configs.load(unlearn.Config, [str(path)])
 
 
 def test_a_config_file_is_plain_assignments_with_names_of_its_own_and_later_words_win(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("from configs.demo import *\n_n = 3\nimport math\nlr = 2 ** -10\nepochs = _n\neval_at = (1, 5)\n")
-    c, given, names = configs.load(unlearn.Config, [str(path), "--epochs=4", "out/run", "--epochs=5", "--out=a=b", "--steps=None"])
-    assert (c.lr, c.epochs, c.eval_at, c.out, c.steps, c.benchmark) == (2 ** -10, 5.0, (1, 5), "a=b", None, "demo")
-    assert names == ["out/run"] and given["epochs"] == 5.0
+    path.write_text("from configs.demo import *\n"
+                    "_n = 3\n"
+                    "import math\n"
+                    "lr = 2 ** -10\n"
+                    "epochs = _n\n"
+                    "eval_at = (1, 5)\n")
+    c, given, words = configs.load(unlearn.Config, [
+        str(path), "--epochs=4", "out/run", "--epochs=5", "--out=a=b", "--steps=None"])
+    assert (c.lr, c.epochs, c.eval_at) == (2 ** -10, 5.0, (1, 5))
+    assert (c.out, c.steps, c.benchmark) == ("a=b", None, "demo")
+    assert words == ["out/run"] and given["epochs"] == 5.0
 
 
 def test_the_demo_config_is_read_only_when_nothing_else_is_asked_for():
     demo = str(ROOT / "configs" / "demo.py")
-    assert configs.load(unlearn.Config, [], default=demo)[0].model == "out/demo_target"
-    assert configs.load(unlearn.Config, ["--benchmark=demo"], default=demo)[0].batch_size == 8
-    assert configs.load(unlearn.Config, ["--benchmark=tofu"], default=demo)[0].batch_size == 32
+    plain, _, _ = configs.load(unlearn.Config, [], default=demo)
+    assert plain.model == "out/demo_target"
+    named, _, _ = configs.load(unlearn.Config, ["--benchmark=demo"], default=demo)
+    assert named.batch_size == 8
+    other, _, _ = configs.load(unlearn.Config, ["--benchmark=tofu"], default=demo)
+    assert other.batch_size == 32
 
 
 @pytest.mark.parametrize("script", [evaluate, unlearn, relearn])
@@ -79,13 +100,77 @@ def test_help_prints_every_setting_with_default_and_comment(script, capsys):
         configs.load(script.Config, ["--help"], script.__doc__)
     text = capsys.readouterr().out
     assert e.value.code == 0
-    lines = {line.split("=")[0].strip(): line for line in text.splitlines() if line.startswith("    --")}
-    for f in dataclasses.fields(script.Config):
-        assert f"--{f.name}={f.default}" in lines[f"--{f.name}"]
-        owner = next(base for base in script.Config.__mro__ if f.name in vars(base).get("__annotations__", ()))
-        comment = re.search(rf"\n    {f.name}: [^\n]*?  # ([^\n]*)", inspect.getsource(owner))
-        assert not comment or comment[1] in lines[f"--{f.name}"]
-    assert "--micro_batch_tokens=4096" in text and "memory, never the result" in text
+    lines = {}
+    for line in text.splitlines():
+        if line.startswith("    --"):
+            lines[line.split("=")[0].strip()] = line
+    for field in dataclasses.fields(script.Config):
+        line = lines[f"--{field.name}"]
+        assert f"--{field.name}={field.default}" in line
+        owner = next(group for group in script.Config.__mro__
+                     if field.name in inspect.get_annotations(group))
+        source = inspect.getsource(owner)
+        comment = re.search(rf"\n    {field.name}: [^\n]*?  # ([^\n]*)", source)
+        if comment:
+            assert comment[1] in line
+    assert re.search(r"--micro_batch_tokens=\d+ .*memory, never the result", text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(configs.Settings):
+    """what is unlearned
+
+    subset: not the comment of this field.
+    """
+    subset: str | None = None  # its name
+
+    @classmethod
+    def defaults(cls, given):
+        return {"subset": "first"} if given.get("subset") is None else {}
+
+    def problems(self):
+        yield from self.check("subset", str.islower, "must be in lower case.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training(configs.Settings):
+    """how it is trained"""
+    lr: float = 1e-5  # of AdamW
+    batch_size: int = 32  # examples per step,
+                          # over all processes
+
+    def problems(self):
+        yield from self.check("lr batch_size", lambda value: value > 0, "must be above 0.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouped(Data, Training):
+    lr: float = 0.5  # an attack's own
+
+
+HELP = """
+  what is unlearned
+    --subset=None                        its name
+
+  how it is trained
+    --lr=0.5                             an attack's own
+    --batch_size=32                      examples per step, over all processes
+"""
+
+
+def test_help_has_the_groups_in_the_order_of_the_bases_and_a_new_default_in_its_group(capsys):
+    configs.show_help(Grouped, "usage")
+    assert capsys.readouterr().out.endswith(HELP)
+    assert configs.fields(Grouped) == {"subset": str | None, "lr": float, "batch_size": int}
+
+
+def test_every_group_fills_in_its_defaults_and_checks_its_own_settings():
+    assert configs.make(Grouped, {}) == Grouped(subset="first", lr=0.5)
+    assert configs.make(Grouped, {"subset": None, "lr": 2}) == Grouped(subset="first", lr=2.0)
+    with pytest.raises(UsageError) as e:
+        configs.make(Grouped, {"subset": "First", "lr": 0, "batch_size": -1})
+    assert str(e.value) == ("--subset=First: must be in lower case. --lr=0.0: must be above 0. "
+                            "--batch_size=-1: must be above 0.")
 
 
 def test_settings_are_frozen():
@@ -93,32 +178,54 @@ def test_settings_are_frozen():
         configs.make(unlearn.Config, {}).lr = 1.0
 
 
-def test_the_command_line_exits_with_2_on_a_mistake_and_prints_it_once():
+def test_the_command_line_exits_with_2_on_a_usage_error_and_prints_it_once():
     done = run_script("unlearn.py", ["--lrr=3"])
-    assert done.returncode == 2 and done.stderr.count("did you mean 'lr'") == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert done.stderr.count("did you mean 'lr'") == 1
+    assert "Traceback" not in done.stderr
 
 
-def test_under_torchrun_a_mistake_is_printed_by_one_rank_only():
+def test_under_torchrun_a_usage_error_is_printed_by_one_rank_only():
     done = run_script("unlearn.py", ["--lrr=3"], processes=2)
-    assert done.returncode != 0 and done.stderr.count("did you mean 'lr'") == 1
+    assert done.returncode != 0
+    assert done.stderr.count("did you mean 'lr'") == 1
 
 
-def test_the_loader_needs_the_standard_library_only():
-    import ast
-    tree = ast.parse(Path(configs.__file__).read_text())
-    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    assert {n.split(".")[0] for n in names} - {"matplotlib", "wandb"} <= sys.stdlib_module_names  # both only where asked for
+@pytest.mark.parametrize("module", [configs, rundir])
+def test_settings_and_run_directories_need_the_standard_library_only(module):
+    names = set()
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    optional = {"matplotlib", "wandb"}  # both only where asked for
+    assert names - optional - {"configs"} <= sys.stdlib_module_names
+
+
+OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {})  # as torch calls it
 
 
 @pytest.mark.parametrize("error, status, text", [
-    (UsageError("write this"), 2, "write this"), (configs.Failure("it broke"), 1, "it broke"), (KeyboardInterrupt(), 130, "interrupted"),
+    (UsageError("write this"), 2, "write this"),
+    (Failure("it broke"), 1, "it broke"),
+    (KeyboardInterrupt(), 130, "interrupted"),
     (OSError(28, "No space left on device", "out/x"), 1, "out/x: No space left on device."),
-    (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), 1, "Lower --micro_batch_tokens")])
-def test_what_goes_wrong_is_a_sentence_and_an_exit_status_and_a_bug_keeps_its_traceback(error, status, text, capsys):
+    (OutOfMemoryError("CUDA out of memory."), 1, "Lower --micro_batch_tokens"),
+])
+def test_what_goes_wrong_is_a_sentence_and_an_exit_status(error, status, text, capsys):
     def broken(argv):
         raise error
+
     with pytest.raises(SystemExit) as e:
         configs.run(broken)
-    assert e.value.code == status and text in capsys.readouterr().err
+    assert e.value.code == status
+    assert text in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback():
+    def broken(argv):
+        raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
-        configs.run(lambda argv: 1 / 0)
+        configs.run(broken)

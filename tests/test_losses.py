@@ -1,84 +1,267 @@
-"""losses.py: values by hand, independent definitions, what has to hold for every loss, limits, and values
-recorded of the original implementations. No network.
+"""losses.py: pytest tests/test_losses.py. No network.
 
-    pytest tests/test_losses.py
-
-A new loss is one line in PER_TOKEN or PER_ANSWER below; most tests then include it.
+Values by hand, independent definitions, what has to hold for every loss, limits, and values recorded
+of the original implementations. A new loss is one entry in CASES; most tests then include it.
 """
-
 import ast
+import dataclasses
 import inspect
 import json
 import os
-import pathlib
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from math import log
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, SHARED
 from scipy.special import log_expit, log_softmax, softmax
 from torch.distributions import Categorical, kl_divergence
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import losses
 
-import losses  # noqa: E402
+# ------------------------------------------------------------------------------------------------
+# the table of losses
 
-# Every loss: its tensors, then its hyper-parameters, in the order other people's scripts rely on.
-PER_TOKEN = {
-    "ga": (["token_logps"], {}),
-    "nll": (["token_logps"], {}),
-    "kl": (["logits", "ref_logits"], {}),
-    "wga": (["token_logps"], dict(beta=0.5)),
-    "satimp": (["token_logps"], dict(beta1=0.7, beta2=0.3)),
-    "tnpo": (["token_logps", "ref_token_logps"], dict(beta=0.5)),
-    "wtnpo": (["token_logps", "ref_token_logps"], dict(beta=0.5, alpha=0.3)),
-    "ceu": (["logits", "labels"], {}),
-    "undial": (["logits", "ref_logits", "labels"], dict(beta=2.0)),
-    "max_entropy": (["logits"], {}),
-    "logit_margin": (["logits"], {}),
-    "rmu": (["hidden", "steering"], {}),
-    "muse_npo": (["logits", "ref_logits"], dict(beta=0.5)),
-    "muse_simnpo": (["logits"], dict(beta=0.5, gamma=0.3)),
-    "muse_kl": (["logits", "ref_logits"], {}),
+
+@dataclasses.dataclass
+class Case:
+    """What is known of one loss.
+
+    arguments: its tensors, in the order other people's scripts rely on; `gather` has them all.
+    by_hand: [(all its arguments, the value worked by hand)].
+    definition: the loss written naively, (s, **hyper) -> values, s as `gather` returns it; s.p and
+        s.q are the labels' probabilities under the model and the reference.
+    hyper: its hyper-parameters, behind the tensors, with the values that most tests use.
+    """
+    arguments: list
+    by_hand: list
+    definition: Callable
+    hyper: dict = dataclasses.field(default_factory=dict)
+    per: str = "token"
+
+
+def vec(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def logs(*probabilities):
+    return vec(*probabilities).log()
+
+
+# By hand with three tokens: the model has p = (1/2, 1/4, 1/4), the reference q = (1/8, 1/8, 3/4).
+P = vec([1 / 2, 1 / 4, 1 / 4]).log() + 5  # a shift must not matter
+Q = vec([1 / 8, 1 / 8, 3 / 4]).log() - 3
+
+
+def onehot(s):
+    return torch.eye(s.logits.shape[-1], dtype=torch.float64)[s.labels]
+
+
+def divergence(of, to):
+    return kl_divergence(Categorical(logits=of), Categorical(logits=to))
+
+
+def minus_log_sigmoid(x):
+    return (1 + torch.exp(-x)).log()
+
+
+def plain_dpo(s, beta):
+    win, lose = s.win_logps - s.ref_win_logps, s.lose_logps - s.ref_lose_logps
+    return 2 / beta * minus_log_sigmoid(beta * (win - lose))
+
+
+def plain_tnpo(s, beta):
+    p, q = s.p.detach() ** beta, s.q**beta
+    return 2 * p / (p + q) * s.p.log()
+
+
+def plain_ceu(s):
+    p = s.logits.softmax(-1)
+    others = (p * (1 - onehot(s))).detach()
+    return -(others / others.sum(-1, keepdim=True) * p.log()).sum(-1)
+
+
+def plain_undial(s, beta):
+    target = torch.from_numpy(softmax((s.ref_logits - beta * onehot(s)).numpy(), -1))
+    return -(target * s.logits.softmax(-1).log()).sum(-1)
+
+
+CASES = {
+    "ga": Case(
+        ["token_logps"],
+        by_hand=[([logs(1 / 2)], -log(2))],
+        definition=lambda s: s.p.log()),
+    "nll": Case(
+        ["token_logps"],
+        by_hand=[([logs(1 / 2)], log(2))],
+        definition=lambda s: -s.p.log()),
+    "kl": Case(
+        ["logits", "ref_logits"],
+        # 1/8 log(1/4) + 1/8 log(1/2) + 3/4 log 3; the other direction: 5/4 log 2 - 1/4 log 3
+        by_hand=[([P, Q], 3 / 4 * log(3) - 3 / 8 * log(2))],
+        definition=lambda s: divergence(s.ref_logits, s.logits)),
+    "npo": Case(
+        ["logps", "ref_logps"],
+        hyper=dict(beta=0.5),
+        per="answer",
+        # (2 / beta) log(1 + (p / q)^beta) with p / q = 4: beta 1, then beta 2
+        by_hand=[
+            ([logs(1 / 2), logs(1 / 8), 1.0], 2 * log(5)),
+            ([logs(1 / 2), logs(1 / 8), 2.0], log(17)),
+        ],
+        definition=lambda s, beta: 2 / beta * (1 + (s.logps - s.ref_logps).exp() ** beta).log()),
+    "simnpo": Case(
+        ["logps", "n_tokens"],
+        hyper=dict(beta=0.5, gamma=0.3),
+        per="answer",
+        # two tokens of 1/4 on average: 2 log 4 - log 2 = log 8, and -log sigma(log 8) =
+        # log(1 + 1/8), times 2 / 2; then with beta 1 and without gamma
+        by_hand=[
+            ([logs(1 / 16), torch.tensor([2]), 2.0, log(2)], log(9 / 8)),
+            ([logs(1 / 16), torch.tensor([2]), 1.0, 0.0], 2 * log(5 / 4)),
+        ],
+        definition=lambda s, beta, gamma: (
+            2 / beta * minus_log_sigmoid(-beta * s.logps / s.n_tokens - gamma))),
+    "dpo": Case(
+        ["win_logps", "ref_win_logps", "lose_logps", "ref_lose_logps"],
+        hyper=dict(beta=0.5),
+        per="answer",
+        # log-ratios log 4 (win) and log 2 (lose): 2 log(1 + 1/2), and with beta 2: log(1 + 1/4)
+        by_hand=[
+            ([logs(1 / 2), logs(1 / 8), logs(1 / 4), logs(1 / 8), 1.0], 2 * log(3 / 2)),
+            ([logs(1 / 2), logs(1 / 8), logs(1 / 4), logs(1 / 8), 2.0], log(5 / 4)),
+        ],
+        definition=plain_dpo),
+    "wga": Case(
+        ["token_logps"],
+        hyper=dict(beta=0.5),
+        by_hand=[([logs(1 / 2), 2.0], -log(2) / 4)],
+        definition=lambda s, beta: s.p.detach() ** beta * s.p.log()),
+    "satimp": Case(
+        ["token_logps"],
+        hyper=dict(beta1=0.7, beta2=0.3),
+        # (1/4)^2 * 3/4 * log(1/4)
+        by_hand=[([logs(1 / 4), 2.0, 1.0], -3 / 64 * log(4))],
+        definition=lambda s, beta1, beta2: (
+            s.p.detach() ** beta1 * (1 - s.p.detach()) ** beta2 * s.p.log())),
+    "tnpo": Case(
+        ["token_logps", "ref_token_logps"],
+        hyper=dict(beta=0.5),
+        # w = 2 * 1/2 / (1/2 + 1/8) = 8/5; with beta 2: 2 * 1/4 / (1/4 + 1/64) = 32/17
+        by_hand=[
+            ([logs(1 / 2), logs(1 / 8), 1.0], -8 / 5 * log(2)),
+            ([logs(1 / 2), logs(1 / 8), 2.0], -32 / 17 * log(2)),
+        ],
+        definition=plain_tnpo),
+    "wtnpo": Case(
+        ["token_logps", "ref_token_logps"],
+        hyper=dict(beta=0.5, alpha=0.3),
+        # with alpha 1: half of 8/5
+        by_hand=[([logs(1 / 2), logs(1 / 8), 1.0, 1.0], -4 / 5 * log(2))],
+        definition=lambda s, beta, alpha: s.p.detach() ** alpha * plain_tnpo(s, beta)),
+    "ceu": Case(
+        ["logits", "labels"],
+        # without token 0 the others are (0, 1/2, 1/2); without token 1 they are (2/3, 0, 1/3)
+        by_hand=[
+            ([P, torch.tensor([0])], log(4)),
+            ([P, torch.tensor([1])], 2 / 3 * log(2) + 1 / 3 * log(4)),
+        ],
+        definition=plain_ceu),
+    "undial": Case(
+        ["logits", "ref_logits", "labels"],
+        hyper=dict(beta=2.0),
+        # q with its last entry divided by e^beta = 3: (1/8, 1/8, 1/4), normalised (1/4, 1/4, 1/2)
+        by_hand=[([P, Q, torch.tensor([2]), log(3)], (1 / 4 + 2 / 4 + 2 / 2) * log(2))],
+        definition=plain_undial),
+    "max_entropy": Case(
+        ["logits"],
+        # -log 3 - (1/3) log(1/2 * 1/4 * 1/4)
+        by_hand=[([P], 5 / 3 * log(2) - log(3))],
+        definition=lambda s: divergence(torch.zeros_like(s.logits), s.logits)),
+    "logit_margin": Case(
+        ["logits"],
+        # max 5, mean 1
+        by_hand=[([vec([5, 0, -2])], 16.0)],
+        definition=lambda s: (s.logits.sort(-1).values[:, -1] - s.logits.sum(-1) / 7) ** 2),
+    "rmu": Case(
+        ["hidden", "steering"],
+        # (0 + 4 + 1) / 3, one target for all tokens; then (1 + 4 + 1) / 3, one for each
+        by_hand=[
+            ([vec([1, 2, 3]), vec(1, 0, 2)], 5 / 3),
+            ([vec([1, 2, 3], [1, 2, 3]), vec([1, 0, 2], [0, 0, 2])], [5 / 3, 2.0]),
+        ],
+        definition=lambda s: sum((s.hidden[:, d] - s.steering[d]) ** 2 for d in range(7)) / 7),
+    "muse_npo": Case(
+        ["logits", "ref_logits"],
+        hyper=dict(beta=0.5),
+        # beta 1, z - z_ref = (0, log 2, log 3): 2 log(1 + 1), 2 log(1 + 2), 2 log(1 + 3), averaged
+        by_hand=[([vec([1, 2 + log(2), log(3)]), vec([1, 2, 0]), 1.0], 2 / 3 * log(24))],
+        definition=lambda s, beta: (
+            2 / beta * minus_log_sigmoid(beta * (s.ref_logits - s.logits)).sum(-1) / 7)),
+    "muse_simnpo": Case(
+        ["logits"],
+        hyper=dict(beta=0.5, gamma=0.3),
+        # beta 2, gamma log 2: log(1 + (2 e^z)^2) for e^z = 1, 1/2, 1/4 is log 5, log 2, log 5/4
+        by_hand=[([vec([0, -log(2), -log(4)]), 2.0, log(2)], log(25 / 2) / 3)],
+        definition=lambda s, beta, gamma: (
+            2 / beta * minus_log_sigmoid(beta * (-s.logits - gamma)).sum(-1) / 7)),
+    "muse_kl": Case(
+        ["logits", "ref_logits"],
+        # 1 (0 - 1) + 2 (log 2 - log 2) + 3 (log 3 - 0)
+        by_hand=[([vec([1, log(2), 0]), vec([0, log(2), log(3)])], 3 * log(3) - 1)],
+        definition=lambda s: (s.ref_logits.exp() * (s.ref_logits - s.logits)).sum(-1)),
 }
-PER_ANSWER = {
-    "npo": (["logps", "ref_logps"], dict(beta=0.5)),
-    "simnpo": (["logps", "n_tokens"], dict(beta=0.5, gamma=0.3)),
-    "dpo": (["win_logps", "ref_win_logps", "lose_logps", "ref_lose_logps"], dict(beta=0.5)),
-}
-LOSSES = PER_TOKEN | PER_ANSWER
-FUNCTIONS = {n: f for n, f in inspect.getmembers(losses, inspect.isfunction) if not n.startswith("_")}
-every_loss = pytest.mark.parametrize("name", LOSSES)
+every_loss = pytest.mark.parametrize("name", CASES)
+
+
+def values_by_hand():
+    """One test per value: (name, arguments, expected)."""
+    for name, case in CASES.items():
+        for i, (arguments, expected) in enumerate(case.by_hand, 1):
+            yield pytest.param(name, arguments, expected, id=f"{name}-{i}")
+
+
+def functions():
+    """{name: function} of losses.py, without its private ones."""
+    found = dict(inspect.getmembers(losses, inspect.isfunction))
+    return {name: function for name, function in found.items() if not name.startswith("_")}
+
+
+# ------------------------------------------------------------------------------------------------
+# calling a loss
 
 
 def call(name, s, **hyper):
     """The loss called with its tensors taken from s."""
-    tensors, defaults = LOSSES[name]
-    return getattr(losses, name)(*(getattr(s, t) for t in tensors), **(defaults | hyper))
+    case = CASES[name]
+    tensors = [getattr(s, argument) for argument in case.arguments]
+    return getattr(losses, name)(*tensors, **(case.hyper | hyper))
 
 
 def gather(logits, ref_logits, labels):
     """What a training script does: padded (B, T, V) scores -> what each loss reads.
 
-    dpo's winning answers are other tokens at the same positions; rmu's hidden states are the logits.
+    dpo's winning answers are other tokens at the same positions; rmu's hidden states are the
+    logits.
     """
     scored = labels[:, 1:] != -100
-    rows, ref_rows, row_labels = logits[:, :-1][scored], ref_logits[:, :-1][scored], labels[:, 1:][scored]
+    flat, ref_flat = logits[:, :-1][scored], ref_logits[:, :-1][scored]  # (n, V)
+    flat_labels = labels[:, 1:][scored]  # (n,)
     others = torch.where(labels == -100, labels, (labels + 1) % logits.shape[-1])
     logps, n_tokens = losses.answer_logps(logits, labels)
-    ref_logps = losses.answer_logps(ref_logits, labels)[0]
+    ref_logps, _ = losses.answer_logps(ref_logits, labels)
     return SimpleNamespace(
-        logits=rows,
-        ref_logits=ref_rows,
-        labels=row_labels,
-        token_logps=losses.token_logps(rows, row_labels),
-        ref_token_logps=losses.token_logps(ref_rows, row_labels),
+        logits=flat,
+        ref_logits=ref_flat,
+        labels=flat_labels,
+        token_logps=losses.token_logps(flat, flat_labels),
+        ref_token_logps=losses.token_logps(ref_flat, flat_labels),
         logps=logps,
         ref_logps=ref_logps,
         n_tokens=n_tokens,
@@ -86,18 +269,20 @@ def gather(logits, ref_logits, labels):
         ref_lose_logps=ref_logps,
         win_logps=losses.answer_logps(logits, others)[0],
         ref_win_logps=losses.answer_logps(ref_logits, others)[0],
-        hidden=rows,
-        steering=torch.linspace(-1, 1, rows.shape[-1]),
+        hidden=flat,
+        steering=torch.linspace(-1, 1, flat.shape[-1]),
     )
 
 
 def batch(dtype=torch.float64, scale=2.0):
     """Random padded scores: 3 answers of 4, 1 and 6 tokens, T = 8, V = 7."""
     rng = torch.Generator().manual_seed(0)
-    logits, ref_logits = (scale * torch.randn(3, 8, 7, generator=rng, dtype=torch.float64) for _ in range(2))
+    logits = scale * torch.randn(3, 8, 7, generator=rng, dtype=torch.float64)
+    ref_logits = scale * torch.randn(3, 8, 7, generator=rng, dtype=torch.float64)
     labels = torch.randint(7, (3, 8), generator=rng)
-    for row, (start, end) in enumerate([(2, 6), (7, 8), (1, 7)]):
-        labels[row, :start] = labels[row, end:] = -100
+    for i, (start, end) in enumerate([(2, 6), (7, 8), (1, 7)]):
+        labels[i, :start] = -100
+        labels[i, end:] = -100
     return logits.to(dtype).requires_grad_(), ref_logits.to(dtype), labels
 
 
@@ -106,30 +291,33 @@ def gradient(value, of):
 
 
 def close(actual, expected, rtol=1e-9, atol=1e-12):
-    actual, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (actual, expected))
+    actual = torch.as_tensor(actual, dtype=torch.float64).detach()
+    expected = torch.as_tensor(expected, dtype=torch.float64).detach()
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
-# --------------------------------------------------------------------------------------------------
-# The interface
+# ------------------------------------------------------------------------------------------------
+# the interface
 
 
 def test_every_loss_is_in_the_table_with_its_signature():
-    assert set(FUNCTIONS) == set(LOSSES) | {"token_logps", "answer_logps"}
-    for name, (tensors, hyper) in LOSSES.items():
-        assert list(inspect.signature(FUNCTIONS[name]).parameters) == tensors + list(hyper), name
-    for name in ("token_logps", "answer_logps"):
-        assert list(inspect.signature(FUNCTIONS[name]).parameters) == ["logits", "labels"]
+    expected = {"token_logps": ["logits", "labels"], "answer_logps": ["logits", "labels"]}
+    for name, case in CASES.items():
+        expected[name] = case.arguments + list(case.hyper)
+    assert set(functions()) == set(expected)
+    for name, function in functions().items():
+        assert list(inspect.signature(function).parameters) == expected[name], name
 
 
 def test_no_parameter_has_a_default():
     """Defaults live in the settings, in one place."""
-    for name, function in FUNCTIONS.items():
-        assert all(p.default is p.empty for p in inspect.signature(function).parameters.values()), name
+    for name, function in functions().items():
+        for parameter in inspect.signature(function).parameters.values():
+            assert parameter.default is parameter.empty, f"{name}: {parameter}"
 
 
 def test_every_loss_has_a_docstring_with_its_shapes():
-    for name, function in FUNCTIONS.items():
+    for name, function in functions().items():
         assert "->" in function.__doc__ and "(" in function.__doc__, name
 
 
@@ -143,114 +331,70 @@ def test_losses_imports_only_torch():
     assert imported == {"torch"}
 
 
-def test_losses_works_as_a_single_copied_file(tmp_path):
-    """Copied alone into another project and fed plain padded logits, every loss runs and has a gradient."""
-    shutil.copy(ROOT / "losses.py", tmp_path)
-    (tmp_path / "theirs.py").write_text(f"""
-import sys, torch, losses
-assert losses.__file__.startswith({str(tmp_path)!r}), losses.__file__
+THEIRS = """
+import json, sys, torch, losses
+assert losses.__file__.startswith(sys.argv[1]), losses.__file__
 logits, ref_logits = torch.randn(2, 5, 11, requires_grad=True), torch.randn(2, 5, 11)
 labels = torch.tensor([[-100, -100, 3, 10, -100], [-100, 1, 2, 0, 10]])
 logps, n_tokens = losses.answer_logps(logits, labels)
 ref_logps, _ = losses.answer_logps(ref_logits, labels)
-rows, at = (slice(None), slice(None, -1)), labels[:, 1:] != -100
-have = dict(logits=logits[rows][at], ref_logits=ref_logits[rows][at], labels=labels[:, 1:][at], logps=logps,
-            ref_logps=ref_logps, n_tokens=n_tokens, win_logps=logps / 2, ref_win_logps=ref_logps / 2,
-            lose_logps=logps, ref_lose_logps=ref_logps, hidden=logits[rows][at], steering=torch.zeros(11))
-have["token_logps"] = losses.token_logps(have["logits"], have["labels"])
-have["ref_token_logps"] = losses.token_logps(have["ref_logits"], have["labels"])
-for name, (tensors, hyper) in {LOSSES!r}.items():
-    value = getattr(losses, name)(**{{t: have[t] for t in tensors}}, **hyper).mean()
+scored = labels[:, 1:] != -100
+flat, ref_flat, flat_labels = logits[:, :-1][scored], ref_logits[:, :-1][scored], labels[:, 1:][scored]
+have = dict(
+    logits=flat, ref_logits=ref_flat, labels=flat_labels, logps=logps, ref_logps=ref_logps,
+    n_tokens=n_tokens, win_logps=logps / 2, ref_win_logps=ref_logps / 2, lose_logps=logps,
+    ref_lose_logps=ref_logps, hidden=flat, steering=torch.zeros(11),
+    token_logps=losses.token_logps(flat, flat_labels),
+    ref_token_logps=losses.token_logps(ref_flat, flat_labels))
+for name, (arguments, hyper) in json.loads(sys.argv[2]).items():
+    tensors = {argument: have[argument] for argument in arguments}
+    value = getattr(losses, name)(**tensors, **hyper).mean()
     grad, = torch.autograd.grad(value, logits, retain_graph=True)
     assert value.isfinite() and grad.isfinite().all() and grad.any(), name
     print(name)
-""")
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, "theirs.py"]
+"""
+
+
+def test_losses_works_as_a_single_copied_file(tmp_path):
+    """Copied alone into another project, fed plain padded logits: every loss has a gradient."""
+    shutil.copy(ROOT / "losses.py", tmp_path)
+    (tmp_path / "theirs.py").write_text(THEIRS)
+    table = {name: (case.arguments, case.hyper) for name, case in CASES.items()}
+    command = [sys.executable, "theirs.py", str(tmp_path), json.dumps(table)]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == list(LOSSES)
+    assert done.stdout.split() == list(CASES)
 
 
-# --------------------------------------------------------------------------------------------------
-# Values by hand. Three tokens: the model has p = (1/2, 1/4, 1/4), the reference q = (1/8, 1/8, 3/4).
-
-P = torch.tensor([[1 / 2, 1 / 4, 1 / 4]], dtype=torch.float64).log() + 5  # a shift must not matter
-Q = torch.tensor([[1 / 8, 1 / 8, 3 / 4]], dtype=torch.float64).log() - 3
+# ------------------------------------------------------------------------------------------------
+# values by hand
 
 
-def vec(*values):
-    return torch.tensor(values, dtype=torch.float64)
+@pytest.mark.parametrize("name, arguments, expected", values_by_hand())
+def test_value_by_hand(name, arguments, expected):
+    value = getattr(losses, name)(*arguments)
+    close(value, vec(expected).reshape(value.shape))
 
 
-def logs(*probabilities):
-    return vec(*probabilities).log()
-
-
-BY_HAND = {
-    "ga": (lambda: losses.ga(logs(1 / 2)), -log(2)),
-    "nll": (lambda: losses.nll(logs(1 / 2)), log(2)),
-    # 1/8 log(1/4) + 1/8 log(1/2) + 3/4 log 3; the other direction would be 5/4 log 2 - 1/4 log 3
-    "kl": (lambda: losses.kl(P, Q), 3 / 4 * log(3) - 3 / 8 * log(2)),
-    # (2 / beta) log(1 + (p / q)^beta) with p / q = 4: beta 1, then beta 2
-    "npo": (lambda: losses.npo(logs(1 / 2), logs(1 / 8), 1.0), 2 * log(5)),
-    "npo, beta 2": (lambda: losses.npo(logs(1 / 2), logs(1 / 8), 2.0), log(17)),
-    # two tokens of 1/4 on average: 2 log 4 - log 2 = log 8, -log sigma(log 8) = log(1 + 1/8), times 2 / 2
-    "simnpo": (lambda: losses.simnpo(logs(1 / 16), torch.tensor([2]), 2.0, log(2)), log(9 / 8)),
-    "simnpo, beta 1": (lambda: losses.simnpo(logs(1 / 16), torch.tensor([2]), 1.0, 0.0), 2 * log(5 / 4)),
-    # log-ratios log 4 (win) and log 2 (lose): 2 log(1 + 1/2), and with beta 2: log(1 + 1/4)
-    "dpo": (lambda: losses.dpo(logs(1 / 2), logs(1 / 8), logs(1 / 4), logs(1 / 8), 1.0), 2 * log(3 / 2)),
-    "dpo, beta 2": (lambda: losses.dpo(logs(1 / 2), logs(1 / 8), logs(1 / 4), logs(1 / 8), 2.0), log(5 / 4)),
-    "wga": (lambda: losses.wga(logs(1 / 2), 2.0), -log(2) / 4),
-    # (1/4)^2 * 3/4 * log(1/4)
-    "satimp": (lambda: losses.satimp(logs(1 / 4), 2.0, 1.0), -3 / 64 * log(4)),
-    # w = 2 * 1/2 / (1/2 + 1/8) = 8/5; with beta 2: 2 * 1/4 / (1/4 + 1/64) = 32/17; with alpha 1: half of 8/5
-    "tnpo": (lambda: losses.tnpo(logs(1 / 2), logs(1 / 8), 1.0), -8 / 5 * log(2)),
-    "tnpo, beta 2": (lambda: losses.tnpo(logs(1 / 2), logs(1 / 8), 2.0), -32 / 17 * log(2)),
-    "wtnpo": (lambda: losses.wtnpo(logs(1 / 2), logs(1 / 8), 1.0, 1.0), -4 / 5 * log(2)),
-    # without token 0 the rest is (0, 1/2, 1/2); without token 1 it is (2/3, 0, 1/3)
-    "ceu": (lambda: losses.ceu(P, torch.tensor([0])), log(4)),
-    "ceu, label 1": (lambda: losses.ceu(P, torch.tensor([1])), 2 / 3 * log(2) + 1 / 3 * log(4)),
-    # q with its last entry divided by e^beta = 3: (1/8, 1/8, 1/4), normalised (1/4, 1/4, 1/2)
-    "undial": (lambda: losses.undial(P, Q, torch.tensor([2]), log(3)), (1 / 4 + 2 / 4 + 2 / 2) * log(2)),
-    # -log 3 - (1/3) log(1/2 * 1/4 * 1/4)
-    "max_entropy": (lambda: losses.max_entropy(P), 5 / 3 * log(2) - log(3)),
-    # max 5, mean 1
-    "logit_margin": (lambda: losses.logit_margin(vec([5, 0, -2])), 16.0),
-    # (0 + 4 + 1) / 3, one target for all tokens; then (1 + 4 + 1) / 3, one for each
-    "rmu": (lambda: losses.rmu(vec([1, 2, 3]), vec(1, 0, 2)), 5 / 3),
-    "rmu, (n, D)": (lambda: losses.rmu(vec([1, 2, 3], [1, 2, 3]), vec([1, 0, 2], [0, 0, 2])), [5 / 3, 2.0]),
-    # beta 1, z - z_ref = (0, log 2, log 3): 2 log(1 + 1), 2 log(1 + 2), 2 log(1 + 3), averaged
-    "muse_npo": (lambda: losses.muse_npo(vec([1, 2 + log(2), log(3)]), vec([1, 2, 0]), 1.0), 2 / 3 * log(24)),
-    # beta 2, gamma log 2: log(1 + (2 e^z)^2) for e^z = 1, 1/2, 1/4 is log 5, log 2, log 5/4
-    "muse_simnpo": (lambda: losses.muse_simnpo(vec([0, -log(2), -log(4)]), 2.0, log(2)), log(25 / 2) / 3),
-    # 1 (0 - 1) + 2 (log 2 - log 2) + 3 (log 3 - 0)
-    "muse_kl": (lambda: losses.muse_kl(vec([1, log(2), 0]), vec([0, log(2), log(3)])), 3 * log(3) - 1),
-}
-
-
-@pytest.mark.parametrize("case", BY_HAND)
-def test_value_by_hand(case):
-    compute, expected = BY_HAND[case]
-    value = compute()
-    close(value, torch.tensor(expected, dtype=torch.float64).reshape(value.shape))
-
-
-def test_every_loss_has_a_value_by_hand():
-    assert {case.split(",")[0] for case in BY_HAND} == set(LOSSES)
+@every_loss
+def test_every_loss_has_a_value_by_hand(name):
+    assert CASES[name].by_hand
 
 
 def test_token_logps_by_hand():
     close(losses.token_logps(P, torch.tensor([2])), [-log(4)])
-    close(losses.token_logps(torch.stack([P, Q]), torch.tensor([[0], [2]])), [[-log(2)], [log(3 / 4)]])
+    both = losses.token_logps(torch.stack([P, Q]), torch.tensor([[0], [2]]))
+    close(both, [[-log(2)], [log(3 / 4)]])
     close(losses.token_logps(P[0], torch.tensor(1)), -log(4))
     close(losses.token_logps(P, torch.tensor([-100])), [0.0])
 
 
 def test_answer_logps_by_hand():
-    """logits[:, t] predict labels[:, t + 1]: the first label and the last row of logits are never read."""
+    """logits[:, t] predict labels[:, t + 1]: the first label and the last logits are never read."""
     logits = torch.stack([torch.cat([P, Q, P, P]), torch.cat([Q, Q, P, Q])])  # (2, 4, 3)
-    logps, n_tokens = losses.answer_logps(logits, torch.tensor([[2, 0, 2, -100], [0, -100, -100, 1]]))
+    labels = torch.tensor([[2, 0, 2, -100], [0, -100, -100, 1]])
+    logps, n_tokens = losses.answer_logps(logits, labels)
     close(logps, [log(1 / 2) + log(3 / 4), log(1 / 4)])
     assert n_tokens.tolist() == [2, 1] and not n_tokens.is_floating_point()
 
@@ -262,70 +406,27 @@ def test_an_answer_without_tokens_has_log_probability_zero():
     assert logps[1] == 0 and n_tokens.tolist() == [4, 0, 6]
 
 
-# --------------------------------------------------------------------------------------------------
-# Independent definitions, written naively
-
-
-def onehot(s):
-    return torch.eye(s.logits.shape[-1], dtype=torch.float64)[s.labels]
-
-
-def naive_undial(s, beta):
-    target = torch.from_numpy(softmax((s.ref_logits - beta * onehot(s)).numpy(), -1))
-    return -(target * s.logits.softmax(-1).log()).sum(-1)
-
-
-def naive_ceu(s):
-    p = s.logits.softmax(-1)
-    rest = (p * (1 - onehot(s))).detach()
-    return -(rest / rest.sum(-1, keepdim=True) * p.log()).sum(-1)
-
-
-def naive_kl(of, to):
-    return kl_divergence(Categorical(logits=of), Categorical(logits=to))
-
-
-def minus_log_sigmoid(x):
-    return (1 + torch.exp(-x)).log()
-
-
-NAIVE = {  # p, q: probability of the label under the model and the reference, fixed where they are weights
-    "ga": lambda s, p, q: p.log(),
-    "nll": lambda s, p, q: -p.log(),
-    "kl": lambda s, p, q: naive_kl(s.ref_logits, s.logits),
-    "wga": lambda s, p, q: p.detach() ** 0.5 * p.log(),
-    "satimp": lambda s, p, q: p.detach() ** 0.7 * (1 - p.detach()) ** 0.3 * p.log(),
-    "tnpo": lambda s, p, q: 2 * p.detach() ** 0.5 / (p.detach() ** 0.5 + q**0.5) * p.log(),
-    "wtnpo": lambda s, p, q: 2 * p.detach() ** 0.8 / (p.detach() ** 0.5 + q**0.5) * p.log(),
-    "ceu": lambda s, p, q: naive_ceu(s),
-    "undial": lambda s, p, q: naive_undial(s, 2.0),
-    "max_entropy": lambda s, p, q: naive_kl(torch.zeros_like(s.logits), s.logits),
-    "logit_margin": lambda s, p, q: (s.logits.sort(-1).values[:, -1] - s.logits.sum(-1) / 7) ** 2,
-    "rmu": lambda s, p, q: sum((s.hidden[:, d] - s.steering[d]) ** 2 for d in range(7)) / 7,
-    "muse_npo": lambda s, p, q: 4 * minus_log_sigmoid(0.5 * (s.ref_logits - s.logits)).sum(-1) / 7,
-    "muse_simnpo": lambda s, p, q: 4 * minus_log_sigmoid(0.5 * (-s.logits - 0.3)).sum(-1) / 7,
-    "muse_kl": lambda s, p, q: (s.ref_logits.exp() * (s.ref_logits - s.logits)).sum(-1),
-    "npo": lambda s, p, q: 4 * (1 + (s.logps.exp() / s.ref_logps.exp()) ** 0.5).log(),
-    "simnpo": lambda s, p, q: 4 * minus_log_sigmoid(-0.5 * s.logps / s.n_tokens - 0.3),
-    "dpo": lambda s, p, q: 4
-    * minus_log_sigmoid(0.5 * (s.win_logps - s.ref_win_logps - s.lose_logps + s.ref_lose_logps)),
-}
+# ------------------------------------------------------------------------------------------------
+# independent definitions
 
 
 @every_loss
 def test_value_and_gradient_are_those_of_the_definition(name):
     logits, ref_logits, labels = batch()
     s = gather(logits, ref_logits, labels)
-    p, q = ((x.softmax(-1) * onehot(s)).sum(-1) for x in (s.logits, s.ref_logits))
-    value, expected = call(name, s), NAIVE[name](s, p, q)
+    s.p = (s.logits.softmax(-1) * onehot(s)).sum(-1)
+    s.q = (s.ref_logits.softmax(-1) * onehot(s)).sum(-1)
+    value = call(name, s)
+    expected = CASES[name].definition(s, **CASES[name].hyper)
     close(value, expected)
     close(gradient(value, logits), gradient(expected, logits))
 
 
 def test_log_probabilities_are_those_of_scipy():
     logits, _, labels = batch()
-    rows = log_softmax(logits.detach().numpy(), -1)[:, :-1]
-    picked = np.take_along_axis(rows, labels[:, 1:].clamp(min=0).numpy()[..., None], -1)[..., 0]
+    every = log_softmax(logits.detach().numpy(), -1)[:, :-1]  # (B, T - 1, V)
+    indices = labels[:, 1:].clamp(min=0).numpy()[..., None]
+    picked = np.take_along_axis(every, indices, -1)[..., 0]  # (B, T - 1)
     scored = (labels[:, 1:] != -100).numpy()
     logps, n_tokens = losses.answer_logps(logits, labels)
     close(logps, (picked * scored).sum(-1))
@@ -336,34 +437,40 @@ def test_log_probabilities_are_those_of_scipy():
 @pytest.mark.parametrize("x", [-1e-9, -1.0, -41.0, -1e4])
 def test_preference_losses_stay_exact_far_out(x):
     """Where log(1 + exp(...)) would overflow and a thresholded softplus would be inexact."""
-    logps, zero = vec(x), vec(0.0)
+    logps, zero, one = vec(x), vec(0.0), torch.tensor([1])
     for value, margin in [
         (losses.npo(logps, zero, 0.5), -0.5 * x),
         (losses.npo(zero, logps, 0.5), 0.5 * x),
         (losses.dpo(logps, zero, zero, zero, 0.5), 0.5 * x),
-        (losses.simnpo(logps, torch.tensor([1]), 0.5, 0.3), -0.5 * x - 0.3),
+        (losses.simnpo(logps, one, 0.5, 0.3), -0.5 * x - 0.3),
     ]:
         close(value, [-4 * log_expit(margin)], rtol=1e-13, atol=0)
 
 
-# --------------------------------------------------------------------------------------------------
-# What has to hold for every loss
+# ------------------------------------------------------------------------------------------------
+# what has to hold for every loss
+
+
+def is_per_answer(name):
+    return CASES[name].per == "answer"
 
 
 @every_loss
 def test_one_value_for_each_token_or_each_answer(name):
     s = gather(*batch())
-    assert call(name, s).shape == ((3,) if name in PER_ANSWER else (11,))
+    assert call(name, s).shape == ((3,) if is_per_answer(name) else (11,))
 
 
 @every_loss
 def test_padding_a_batch_changes_nothing(name):
     logits, ref_logits, labels = batch()
     junk = torch.full((3, 5, 7), 1e3, dtype=torch.float64)
-    wider = torch.cat([junk, logits, junk], 1), torch.cat([junk, ref_logits, -junk], 1)
+    wider_logits = torch.cat([junk, logits, junk], 1)
+    wider_ref_logits = torch.cat([junk, ref_logits, -junk], 1)
     wider_labels = torch.nn.functional.pad(labels, (5, 5), value=-100)
     value = call(name, gather(logits, ref_logits, labels))
-    close(call(name, gather(*wider, wider_labels)), value, rtol=1e-13)
+    wider = call(name, gather(wider_logits, wider_ref_logits, wider_labels))
+    close(wider, value, rtol=1e-13)
 
 
 @every_loss
@@ -372,16 +479,19 @@ def test_permuting_answers_permutes_the_values(name):
     order = torch.tensor([2, 0, 1])
     value = call(name, gather(logits, ref_logits, labels))
     moved = call(name, gather(logits[order], ref_logits[order], labels[order]))
-    parts = value.split([1, 1, 1] if name in PER_ANSWER else [4, 1, 6])
-    close(moved, torch.cat([parts[i] for i in order]), rtol=1e-13)
+    answers = value.split([1, 1, 1] if is_per_answer(name) else [4, 1, 6])
+    close(moved, torch.cat([answers[i] for i in order]), rtol=1e-13)
 
 
 @every_loss
 def test_each_value_reads_its_own_row_only(name):
-    """What makes a step independent of how its window is cut into micro-batches."""
+    """So a step does not depend on how its batch is cut into micro-batches."""
     logits, ref_logits, labels = batch()
     whole = call(name, gather(logits, ref_logits, labels))
-    cut = [call(name, gather(logits[i : i + 1], ref_logits[i : i + 1], labels[i : i + 1])) for i in range(3)]
+    cut = []
+    for i in range(3):
+        one = gather(logits[i:i + 1], ref_logits[i:i + 1], labels[i:i + 1])
+        cut.append(call(name, one))
     close(whole, torch.cat(cut), rtol=1e-13)
 
 
@@ -407,13 +517,22 @@ def test_computed_in_float32_or_higher(name, dtype):
     assert grad.dtype == dtype and grad.isfinite().all()
 
 
+def converted(s, dtype):
+    """s with its floats in another precision."""
+    copy = SimpleNamespace(**vars(s))
+    for name, value in vars(s).items():
+        if value.is_floating_point():
+            setattr(copy, name, value.to(dtype))
+    return copy
+
+
 @every_loss
 def test_scores_already_in_bf16_are_converted_first(name):
     """Also where the caller hands over bf16 log-probabilities instead of logits."""
-    s = gather(*batch())
-    low = SimpleNamespace(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in vars(s).items()})
-    high = SimpleNamespace(**{k: v.float() if v.is_floating_point() else v for k, v in vars(low).items()})
-    assert call(name, low).dtype == torch.float32 and torch.equal(call(name, low), call(name, high))
+    low = converted(gather(*batch()), torch.bfloat16)
+    high = converted(low, torch.float32)
+    value = call(name, low)
+    assert value.dtype == torch.float32 and torch.equal(value, call(name, high))
 
 
 EXTREMES = [-1e-9, -1e-7, -1e-3, -0.7, -5.0, -30.0, -100.0, -1e3, -1e4]
@@ -427,10 +546,12 @@ def logits_with_label_logp(x):
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_value_and_gradient_are_finite_from_certain_to_impossible(name, dtype):
-    """Label log-probabilities from -1e-9 to -1e4, every one against every one of the reference's."""
-    rows = torch.tensor([logits_with_label_logp(x) for x in EXTREMES], dtype=torch.float64)
-    pairs = torch.cartesian_prod(torch.arange(len(rows)), torch.arange(len(rows)))
-    logits, ref_logits = (rows[i][:, None].expand(-1, 2, -1).to(dtype) for i in pairs.T)  # (81, 2, 3)
+    """Label log-probabilities from -1e-9 to -1e4, each against each of the reference's."""
+    extremes = vec(*[logits_with_label_logp(x) for x in EXTREMES])  # (9, 3)
+    indices = torch.arange(len(extremes))
+    pairs = torch.cartesian_prod(indices, indices)
+    logits = extremes[pairs[:, 0], None].expand(-1, 2, -1).to(dtype)  # (81, 2, 3)
+    ref_logits = extremes[pairs[:, 1], None].expand(-1, 2, -1).to(dtype)
     logits = logits.clone().requires_grad_()
     s = gather(logits, ref_logits, torch.zeros(len(pairs), 2, dtype=torch.long))
     if dtype == torch.float64:
@@ -440,42 +561,58 @@ def test_value_and_gradient_are_finite_from_certain_to_impossible(name, dtype):
     assert gradient(value, logits).isfinite().all()
 
 
-LOG_PROBABILITY_LOSSES = [n for n in LOSSES if all(t.endswith(("logps", "n_tokens")) for t in LOSSES[n][0])]
+def reads_log_probabilities(name):
+    """Does the loss read log-probabilities and counts, and nothing else?"""
+    return all(argument.endswith(("logps", "n_tokens")) for argument in CASES[name].arguments)
 
 
-@pytest.mark.parametrize("name", LOG_PROBABILITY_LOSSES)
+@pytest.mark.parametrize("name", filter(reads_log_probabilities, CASES))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_value_and_gradient_are_finite_for_extreme_log_probabilities(name, dtype):
-    pairs = torch.cartesian_prod(*2 * [torch.tensor(EXTREMES + [0.0], dtype=torch.float64)]).to(dtype)
+    extremes = vec(*EXTREMES, 0.0)
+    pairs = torch.cartesian_prod(extremes, extremes).to(dtype)  # (100, 2)
     model, ref = pairs[:, 0].clone().requires_grad_(), pairs[:, 1]
     s = SimpleNamespace(
-        token_logps=model, ref_token_logps=ref, logps=model, ref_logps=ref, n_tokens=torch.ones(100),
-        win_logps=model, ref_win_logps=ref, lose_logps=ref, ref_lose_logps=model.detach(),
-    )  # fmt: skip
-    for hyper in ({}, {h: 5.0 for h in LOSSES[name][1]}, {h: 1e-3 for h in LOSSES[name][1]}):
-        value = call(name, s, **hyper)
-        assert value.isfinite().all() and gradient(value, model).isfinite().all()
+        token_logps=model,
+        ref_token_logps=ref,
+        logps=model,
+        ref_logps=ref,
+        n_tokens=torch.ones(100),
+        win_logps=model,
+        ref_win_logps=ref,
+        lose_logps=ref,
+        ref_lose_logps=model.detach(),
+    )
+    hyper = CASES[name].hyper
+    for values in (hyper, dict.fromkeys(hyper, 5.0), dict.fromkeys(hyper, 1e-3)):
+        value = call(name, s, **values)
+        assert value.isfinite().all(), values
+        assert gradient(value, model).isfinite().all(), values
 
 
 @every_loss
 def test_inputs_are_left_as_they_were(name):
     s = gather(*batch(torch.float32))
-    before = {k: v.detach().clone() for k, v in vars(s).items()}
+    before = {argument: value.detach().clone() for argument, value in vars(s).items()}
     call(name, s)
-    assert all(torch.equal(before[k], v) for k, v in vars(s).items())
+    for argument, value in vars(s).items():
+        assert torch.equal(before[argument], value), argument
 
 
-# --------------------------------------------------------------------------------------------------
-# Limits and identities
+# ------------------------------------------------------------------------------------------------
+# limits and identities
 
 
 def test_npo_tends_to_gradient_ascent_as_beta_goes_to_zero():
     logits, ref_logits, labels = batch()
     s = gather(logits, ref_logits, labels)
     ascent = gradient(s.logps, logits)
-    apart = [(gradient(call("npo", s, beta=b), logits) - ascent).norm() for b in (1e-1, 1e-2, 1e-3, 1e-6)]
-    assert apart == sorted(apart, reverse=True) and apart[0] > 1e-2 * ascent.norm()
-    assert apart[-1] < 1e-5 * ascent.norm()
+    distances = []
+    for beta in (1e-1, 1e-2, 1e-3, 1e-6):
+        distances.append((gradient(call("npo", s, beta=beta), logits) - ascent).norm())
+    assert distances == sorted(distances, reverse=True)
+    assert distances[0] > 1e-2 * ascent.norm()
+    assert distances[-1] < 1e-5 * ascent.norm()
 
 
 def test_simnpo_tends_to_length_normalised_gradient_ascent_as_beta_goes_to_zero():
@@ -488,49 +625,51 @@ def test_simnpo_tends_to_length_normalised_gradient_ascent_as_beta_goes_to_zero(
 @pytest.mark.parametrize("beta", [0.1, 1.0, 4.5])
 def test_npo_at_the_reference_is_two_over_beta_log_two(beta):
     s = gather(*batch())
-    close(losses.npo(s.logps, s.logps, beta), torch.full((3,), 2 / beta * log(2), dtype=torch.float64))
+    close(losses.npo(s.logps, s.logps, beta), 3 * [2 / beta * log(2)])
 
 
 @pytest.mark.parametrize("beta", [0.1, 2.5])
 def test_simnpo_is_npo_with_no_reference_and_length_normalised_log_probabilities(beta):
     s = gather(*batch())
-    per_token = s.logps / s.n_tokens
-    close(losses.simnpo(s.logps, s.n_tokens, beta, 0.0), losses.npo(per_token, torch.zeros(3), beta))
+    npo = losses.npo(s.logps / s.n_tokens, torch.zeros(3), beta)
+    close(losses.simnpo(s.logps, s.n_tokens, beta, 0.0), npo)
 
 
 def test_gamma_of_simnpo_is_outside_beta():
     """gamma_paper = beta * gamma_code: the original code has log sigma(beta (nll - gamma_code))."""
     s = gather(*batch())
-    code = -2 / 2.5 * torch.nn.functional.logsigmoid(2.5 * (-s.logps / s.n_tokens - 0.4))
+    margin = 2.5 * (-s.logps / s.n_tokens - 0.4)
+    code = -2 / 2.5 * torch.nn.functional.logsigmoid(margin)
     close(losses.simnpo(s.logps, s.n_tokens, 2.5, 2.5 * 0.4), code)
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_dpo_is_symmetric(beta):
-    """Exchanging win and lose flips the sign of the margin; the two losses differ by twice the margin."""
+    """Exchanging win and lose flips the margin's sign; the losses differ by twice the margin."""
     s = gather(*batch())
     win, lose = (s.win_logps, s.ref_win_logps), (s.lose_logps, s.ref_lose_logps)
     margin = (win[0] - win[1]) - (lose[0] - lose[1])
     close(losses.dpo(*lose, *win, beta) - losses.dpo(*win, *lose, beta), 2 * margin)
-    close(losses.dpo(*win, *win, beta), torch.full((3,), 2 / beta * log(2), dtype=torch.float64))
+    close(losses.dpo(*win, *win, beta), 3 * [2 / beta * log(2)])
 
 
 def test_npo_is_dpo_without_a_winner():
     s = gather(*batch())
     none = torch.zeros(3)
-    close(losses.npo(s.logps, s.ref_logps, 0.5), losses.dpo(none, none, s.logps, s.ref_logps, 0.5))
+    npo = losses.npo(s.logps, s.ref_logps, 0.5)
+    close(npo, losses.dpo(none, none, s.logps, s.ref_logps, 0.5))
 
 
-@pytest.mark.parametrize(
-    "name, hyper", [("wga", dict(beta=0.0)), ("satimp", dict(beta1=0.0, beta2=0.0))], ids=["wga", "satimp"]
-)
-def test_weighted_ascent_without_weights_is_gradient_ascent(name, hyper):
+@pytest.mark.parametrize("name", ["wga", "satimp"])
+def test_weighted_ascent_without_weights_is_gradient_ascent(name):
     logits, ref_logits, labels = batch()
     s = gather(logits, ref_logits, labels)
-    assert torch.equal(call(name, s, **hyper), losses.ga(s.token_logps))
-    close(gradient(call(name, s, **hyper), logits), gradient(losses.ga(s.token_logps), logits))
+    no_weights = dict.fromkeys(CASES[name].hyper, 0.0)
+    value, ascent = call(name, s, **no_weights), losses.ga(s.token_logps)
+    assert torch.equal(value, ascent)
+    close(gradient(value, logits), gradient(ascent, logits))
     certain = torch.zeros(1, requires_grad=True)  # p = 1: 0 ** 0 is 1
-    assert gradient(getattr(losses, name)(certain, **hyper), certain) == 1
+    assert gradient(getattr(losses, name)(certain, **no_weights), certain) == 1
 
 
 @pytest.mark.parametrize("logp", [-0.1, -5.0, -40.0])
@@ -547,7 +686,8 @@ def test_wtnpo_with_alpha_zero_is_tnpo():
 
 def test_tnpo_has_npos_gradient_for_single_tokens():
     model, ref = vec(-0.5, -3.0).requires_grad_(), vec(-1.0, -2.0)
-    close(gradient(losses.tnpo(model, ref, 0.5), model), gradient(losses.npo(model, ref, 0.5), model))
+    npo = gradient(losses.npo(model, ref, 0.5), model)
+    close(gradient(losses.tnpo(model, ref, 0.5), model), npo)
 
 
 WEIGHT = {
@@ -562,22 +702,26 @@ WEIGHT = {
 def test_weights_are_detached(name):
     """d loss / d log p is the weight itself, with no term from differentiating the weight."""
     p, q = vec(0.99, 0.5, 0.1, 1e-3), vec(0.2, 0.5, 0.3, 1e-2)
-    s = SimpleNamespace(token_logps=p.log().requires_grad_(), ref_token_logps=q.log().requires_grad_())
-    wrt = [s.token_logps, s.ref_token_logps]
-    grad, ref_grad = torch.autograd.grad(call(name, s).sum(), wrt, allow_unused=True)
+    logps, ref_logps = p.log().requires_grad_(), q.log().requires_grad_()
+    value = call(name, SimpleNamespace(token_logps=logps, ref_token_logps=ref_logps))
+    grad, ref_grad = torch.autograd.grad(value.sum(), [logps, ref_logps], allow_unused=True)
     close(grad, WEIGHT[name](p, q))
     assert ref_grad is None
 
 
 @pytest.mark.parametrize("name", ["ceu", "undial"])
 def test_targets_are_detached(name):
-    """The gradient with respect to the logits is p - q: no term from differentiating the target q."""
+    """The gradient with respect to the logits is p - q: the target q is not differentiated."""
     logits, ref_logits, labels = batch()
     s = gather(logits, ref_logits.requires_grad_(), labels)
-    lowered = {"ceu": s.logits.masked_fill(onehot(s) > 0, -1e9), "undial": s.ref_logits - 2 * onehot(s)}[name]
-    grad = torch.autograd.grad(call(name, s).sum(), [s.logits, s.ref_logits], allow_unused=True)
-    close(grad[0], s.logits.softmax(-1) - lowered.softmax(-1))
-    assert grad[1] is None
+    targets = {
+        "ceu": s.logits.masked_fill(onehot(s) > 0, -1e9),
+        "undial": s.ref_logits - 2 * onehot(s),
+    }
+    value = call(name, s).sum()
+    grad, ref_grad = torch.autograd.grad(value, [s.logits, s.ref_logits], allow_unused=True)
+    close(grad, s.logits.softmax(-1) - targets[name].softmax(-1))
+    assert ref_grad is None
 
 
 def test_kl_is_zero_at_equality_and_otherwise_positive():
@@ -591,7 +735,8 @@ def test_kl_is_zero_at_equality_and_otherwise_positive():
 def test_undial_without_lowering_has_kls_gradient():
     logits, ref_logits, labels = batch()
     s = gather(logits, ref_logits, labels)
-    close(gradient(call("undial", s, beta=0.0), logits), gradient(call("kl", s), logits))
+    kl = gradient(call("kl", s), logits)
+    close(gradient(call("undial", s, beta=0.0), logits), kl)
 
 
 def test_max_entropy_is_zero_at_uniform_logits_and_otherwise_positive():
@@ -609,21 +754,24 @@ def test_rmu_is_zero_at_the_steering_vector():
     steering = torch.randn(7)
     assert not losses.rmu(steering.expand(4, 7), steering).any()
     hidden = torch.randn(4, 7)
-    assert not losses.rmu(hidden, hidden).any() and losses.rmu(hidden, steering).all()
+    assert not losses.rmu(hidden, hidden).any()
+    assert losses.rmu(hidden, steering).all()
 
 
 def test_muse_forms_have_a_known_value_at_the_reference():
     s = gather(*batch())
-    close(losses.muse_npo(s.logits, s.logits, 0.1), torch.full((11,), 20 * log(2), dtype=torch.float64))
-    close(losses.muse_simnpo(torch.full((1, 7), -3.0), 0.7, 3.0), [2 / 0.7 * log(2)], rtol=1e-6)
+    close(losses.muse_npo(s.logits, s.logits, 0.1), 11 * [20 * log(2)])
+    at_gamma = losses.muse_simnpo(torch.full((1, 7), -3.0), 0.7, 3.0)
+    close(at_gamma, [2 / 0.7 * log(2)], rtol=1e-6)
     close(losses.muse_kl(s.logits, s.logits), torch.zeros(11))
 
 
-# --------------------------------------------------------------------------------------------------
-# Recorded values of the original implementations, in float64: Unlearn-Simple f1a355d (TOFU and MUSE code) and
-# open-unlearning d3d7cf9. F forget, R retain, A alternate answers; three answers each, T = 17, V = 31.
+# ------------------------------------------------------------------------------------------------
+# recorded values of the original implementations, in float64: Unlearn-Simple f1a355d (TOFU and MUSE
+# code) and open-unlearning d3d7cf9. F forget, R retain, A alternate answers; three answers each,
+# T = 17, V = 31.
 
-GOLDEN = ROOT.parent / "shared" / "golden"
+GOLDEN = SHARED / "golden"
 FOUND = (GOLDEN / "losses_base.json").exists()
 RECORDED = json.loads((GOLDEN / "losses_base.json").read_text())["results"] if FOUND else []
 NOT_CHECKED = {  # (peer, loss): why
@@ -636,6 +784,19 @@ def key(case):
     return case["peer"], case["loss"].split(",")[0]
 
 
+def name_of(case):
+    return case and f"{case['peer']} {case['loss']}"
+
+
+def given_in(case):
+    """{name: number or text} of the settings that a recorded case's name lists."""
+    given = {}
+    for name, text in re.findall(r"(\w+)=([^,)]+)", case["loss"]):
+        is_number = re.fullmatch(r"[-+.\de]+", text)
+        given[name] = float(text) if is_number else text
+    return given
+
+
 @pytest.fixture
 def scores():
     """F, R, A: what the losses read, and the padded scores it was gathered from."""
@@ -643,12 +804,13 @@ def scores():
         pytest.skip(f"no recorded values here: {GOLDEN} is kept outside the repository")
     found = []
     with np.load(GOLDEN / "losses_base.npz") as arrays:
-        for x in "FRA":
-            logits = torch.from_numpy(arrays[f"{x}_logits"]).double()
-            ref_logits = torch.from_numpy(arrays[f"{x}_ref_logits"]).double()
-            labels = torch.from_numpy(arrays[f"{x}_labels"])
-            found.append(gather(logits.requires_grad_(), ref_logits, labels))
-            found[-1].padded = SimpleNamespace(logits=logits, ref_logits=ref_logits, labels=labels)
+        for letter in "FRA":
+            logits = torch.from_numpy(arrays[f"{letter}_logits"]).double()
+            ref_logits = torch.from_numpy(arrays[f"{letter}_ref_logits"]).double()
+            labels = torch.from_numpy(arrays[f"{letter}_labels"])
+            s = gather(logits.requires_grad_(), ref_logits, labels)
+            s.padded = SimpleNamespace(logits=logits, ref_logits=ref_logits, labels=labels)
+            found.append(s)
     return found
 
 
@@ -657,13 +819,13 @@ def over_padding(loss, s, *hyper):
     return loss(s.padded.logits.flatten(0, 1), s.padded.ref_logits.flatten(0, 1), *hyper).mean()
 
 
-def ce(*parts):
+def ce(*several):
     """One token-mean over all answers given, as the originals' outputs.loss."""
-    return losses.nll(torch.cat([s.token_logps for s in parts])).mean()
+    return losses.nll(torch.cat([s.token_logps for s in several])).mean()
 
 
 def after_first(s, k):
-    """Which of the gathered rows are not among the first k of their answer."""
+    """(n,) bool: is the token not among the first k of its answer?"""
     return torch.cat([torch.arange(n) >= k for n in s.n_tokens.tolist()])
 
 
@@ -672,85 +834,116 @@ def simnpo(s, beta, gamma):
     return losses.simnpo(s.logps, s.n_tokens, beta, beta * gamma).mean()
 
 
-def kto(F, A, beta):
-    """1 - (2 / beta) mean log sigma(kl - beta (log-ratio of F)), kl the detached mean log-ratio of A."""
-    kl = (A.logps - A.ref_logps).detach().mean()
-    return 1 + losses.npo(F.logps, F.ref_logps + kl / beta, beta).mean()
+def kto(forget, alternate, beta):
+    """1 - (2 / beta) mean log sigma(kl - beta (log-ratio of forget)).
+
+    kl is the detached mean log-ratio of the alternate answers.
+    """
+    kl = (alternate.logps - alternate.ref_logps).detach().mean()
+    return 1 + losses.npo(forget.logps, forget.ref_logps + kl / beta, beta).mean()
 
 
-def ours(case, F, R, A):
+def dpo(forget, alternate, beta):
+    win, lose = alternate, forget
+    return losses.dpo(win.logps, win.ref_logps, lose.logps, lose.ref_logps, beta).mean()
+
+
+def simnpo_tofu(given, forget, retain, alternate):
+    """{loss: value} of Unlearn-Simple's TOFU code; a suffix names the retain loss."""
+    beta, weight = given.get("beta", 0.1), given.get("npo_coeff", 1)
+    ga = losses.ga(forget.token_logps).mean()
+    retain_kl = over_padding(losses.kl, retain)
+    values = {
+        "grad_ascent": ga,
+        "grad_diff": ga + ce(retain),
+        "KL": ga + retain_kl,
+        "grad_ascent_forgetKL": ga + over_padding(losses.kl, forget),
+        "fine_tuned": ce(retain),
+        "idk": ce(alternate, retain),
+    }
+    on_forget = {
+        "dpo": dpo(forget, alternate, beta),
+        "npo": weight * losses.npo(forget.logps, forget.ref_logps, beta).mean(),
+        "simnpo": weight * simnpo(forget, beta, given.get("gamma", 0)),
+        "kto_logsigmoid": kto(forget, alternate, beta),
+    }
+    on_retain = {
+        "": 0,
+        "_grad_diff": given.get("grad_diff_coeff", 1) * ce(retain),
+        "_KL": given.get("KL_coeff", 1) * retain_kl,
+    }
+    for name, value in on_forget.items():
+        for suffix, keep in on_retain.items():
+            values[name + suffix] = value + keep
+    return values
+
+
+def simnpo_muse(given, forget, retain, alternate):
+    """{loss: value} of Unlearn-Simple's MUSE code; a suffix names the retain loss."""
+    beta, gamma = given.get("beta", 0.1), given.get("gamma", 0)
+    on_forget = {
+        "ga": losses.ga(forget.token_logps).mean(),
+        "npo": over_padding(losses.muse_npo, forget, beta),
+        "simnpo": losses.muse_simnpo(forget.padded.logits.flatten(0, 1), beta, gamma).mean(),
+    }
+    n_positions = retain.padded.logits.shape[1]  # published is the sum over tokens / chunks
+    on_retain = {
+        "": 0,
+        "_gdr": ce(retain),
+        "_klr": over_padding(losses.muse_kl, retain) * n_positions,
+    }
+    values = {}
+    for name, value in on_forget.items():
+        for suffix, keep in on_retain.items():
+            weight = given.get("npo_coeff", 1) if suffix == "_gdr" else 1
+            values[name + suffix] = weight * value + given.get("coeff", 1) * keep
+    return values
+
+
+def open_unlearning(given, forget, retain, alternate):
+    """{loss: value} of open-unlearning's trainers and of three of its helper functions."""
+    beta, weight, alpha = given.get("beta", 0.1), given.get("gamma", 1), given.get("alpha", 1)
+    ga = losses.ga(forget.token_logps).mean()
+    npo = losses.npo(forget.logps, forget.ref_logps, beta).mean()
+    wga = losses.wga(forget.token_logps, beta).mean()
+    satimp = losses.satimp(forget.token_logps, given.get("beta1", 5), given.get("beta2", 1)).mean()
+    scored = after_first(forget, given.get("ignore_first_n_answer_tokens", 1))
+    at_labels = forget.padded.logits[forget.padded.labels != -100]  # PDU's unshifted mask
+    margin = losses.logit_margin(at_labels).mean()
+
+    retain_kl = over_padding(losses.kl, retain)
+    keep = alpha * (retain_kl if given.get("retain_loss_type") == "KL" else ce(retain))
+    return {
+        "GradAscent": ga,
+        "GradDiff": weight * ga + keep,
+        "NPO": weight * npo + keep,
+        "DPO": weight * dpo(forget, alternate, beta) + keep,
+        "SimNPO": weight * simnpo(forget, beta, given.get("delta", 0)) + keep,
+        "WGA": weight * wga + keep,
+        "SatImp": weight * satimp + keep,
+        "CEU": losses.ceu(forget.logits, forget.labels)[scored].mean(),
+        "PDU": weight * margin + keep - alpha * given.get("retain_loss_eps", 0),
+        "util.compute_kl_divergence(R)": retain_kl,
+        "util.compute_batch_nll(F).sum": losses.nll(forget.logps).sum(),
+        "util.compute_dpo_loss(win=A":
+            losses.npo(-alternate.logps, -alternate.ref_logps, beta).mean(),
+    }
+
+
+PEERS = {
+    "simnpo_tofu": simnpo_tofu,
+    "simnpo_muse": simnpo_muse,
+    "open_unlearning": open_unlearning,
+}
+
+
+def ours(case, forget, retain, alternate):
     """The recorded case composed from our losses; None if it is not among these."""
     peer, kind = key(case)
-    h = dict(re.findall(r"(\w+)=([^,)]+)", case["loss"]))
-
-    def number(name, default):
-        return float(h.get(name, default))
-
-    beta = number("beta", 0.1)
-    ga = losses.ga(F.token_logps).mean()
-    npo = losses.npo(F.logps, F.ref_logps, beta).mean()
-    dpo = losses.dpo(A.logps, A.ref_logps, F.logps, F.ref_logps, beta).mean()
-
-    if peer == "simnpo_tofu":  # the suffix names the retain loss
-        forget, retain = re.fullmatch(r"(\w+?)(_grad_diff|_KL|)", kind).groups()
-        weight = number("npo_coeff", 1)
-        keep = {
-            "": lambda: 0,
-            "_grad_diff": lambda: number("grad_diff_coeff", 1) * ce(R),
-            "_KL": lambda: number("KL_coeff", 1) * over_padding(losses.kl, R),
-        }[retain]()
-        table = {
-            "grad_ascent": lambda: ga,
-            "grad_diff": lambda: ga + ce(R),
-            "KL": lambda: ga + over_padding(losses.kl, R),
-            "grad_ascent_forgetKL": lambda: ga + over_padding(losses.kl, F),
-            "fine_tuned": lambda: ce(R),
-            "idk": lambda: ce(A, R),
-            "dpo": lambda: dpo + keep,
-            "npo": lambda: weight * npo + keep,
-            "simnpo": lambda: weight * simnpo(F, beta, number("gamma", 0)) + keep,
-            "kto_logsigmoid": lambda: kto(F, A, beta) + keep,
-        }
-        kind = forget
-    elif peer == "simnpo_muse":
-        kind, _, retain = kind.partition("_")
-        weight = number("npo_coeff", 1) if retain == "gdr" else 1
-        keep = {
-            "": lambda: 0,
-            "gdr": lambda: ce(R),
-            "klr": lambda: over_padding(losses.muse_kl, R) * R.padded.logits.shape[1],  # sum / chunks
-        }[retain]() * number("coeff", 1)
-        padded = F.padded.logits.flatten(0, 1)
-        table = {
-            "ga": lambda: weight * ga + keep,
-            "npo": lambda: weight * over_padding(losses.muse_npo, F, beta) + keep,
-            "simnpo": lambda: weight * losses.muse_simnpo(padded, beta, number("gamma", 0)).mean() + keep,
-        }
-    else:
-        weight, alpha = number("gamma", 1), number("alpha", 1)
-        keep = alpha * (over_padding(losses.kl, R) if h.get("retain_loss_type") == "KL" else ce(R))
-        skip = number("ignore_first_n_answer_tokens", 1)
-        at_labels = F.padded.logits[F.padded.labels != -100]  # PDU's unshifted mask
-        table = {
-            "GradAscent": lambda: ga,
-            "GradDiff": lambda: weight * ga + keep,
-            "NPO": lambda: weight * npo + keep,
-            "DPO": lambda: weight * dpo + keep,
-            "SimNPO": lambda: weight * simnpo(F, beta, number("delta", 0)) + keep,
-            "WGA": lambda: weight * losses.wga(F.token_logps, beta).mean() + keep,
-            "SatImp": lambda: keep
-            + weight * losses.satimp(F.token_logps, number("beta1", 5), number("beta2", 1)).mean(),
-            "CEU": lambda: losses.ceu(F.logits, F.labels)[after_first(F, skip)].mean(),
-            "PDU": lambda: weight * losses.logit_margin(at_labels).mean()
-            + (keep - alpha * number("retain_loss_eps", 0)),
-            "util.compute_kl_divergence(R)": lambda: over_padding(losses.kl, R),
-            "util.compute_batch_nll(F).sum": lambda: losses.nll(F.logps).sum(),
-            "util.compute_dpo_loss(win=A": lambda: losses.npo(-A.logps, -A.ref_logps, beta).mean(),
-        }
-    return table[kind]() if kind in table else None
+    return PEERS[peer](given_in(case), forget, retain, alternate).get(kind)
 
 
-@pytest.mark.parametrize("case", RECORDED or [None], ids=lambda c: c and f"{c['peer']} {c['loss']}")
+@pytest.mark.parametrize("case", RECORDED or [None], ids=name_of)
 def test_value_and_gradient_are_those_recorded_of_the_original(case, scores):
     if key(case) in NOT_CHECKED:
         assert ours(case, *scores) is None, "expressible after all: take it off the list"
@@ -758,13 +951,16 @@ def test_value_and_gradient_are_those_recorded_of_the_original(case, scores):
     value = ours(case, *scores)
     assert value is not None, "neither composed in ours() nor listed in NOT_CHECKED"
     close(value, case["value_f64"], atol=0)
-    for x, s in zip("FRA", scores):
-        expected = case["grad_norm"][x]  # None: not read; "all zero": read with weight 0
-        (grad,) = torch.autograd.grad(value, s.padded.logits, retain_graph=True, allow_unused=True)
-        norm = 0.0 if grad is None else grad.norm()
-        close(norm, 0.0 if expected in (None, "all zero") else expected, atol=0)
+    for letter, s in zip("FRA", scores):
+        expected = case["grad_norm"][letter]
+        if expected in (None, "all zero"):  # not read, or read with weight 0
+            expected = 0.0
+        inputs = s.padded.logits
+        [grad] = torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)
+        close(0.0 if grad is None else grad.norm(), expected, atol=0)
 
 
 def test_only_what_is_recorded_without_a_value_or_without_a_loss_of_ours_is_not_checked(scores):
-    assert set(NOT_CHECKED) <= {key(c) for c in RECORDED}
-    assert {key(c) for c in RECORDED if c["value_f64"] is None} == {("open_unlearning", "UNDIAL")}
+    assert set(NOT_CHECKED) <= {key(case) for case in RECORDED}
+    without_value = {key(case) for case in RECORDED if case["value_f64"] is None}
+    assert without_value == {("open_unlearning", "UNDIAL")}

@@ -64,7 +64,7 @@ def test_the_loss_of_the_worked_example_runs():
     readme = (ROOT / "README.md").read_text()
     code = re.search(r"```python\n(   def square.*?)```", readme, re.S)[1]
     unindented = "\n".join(line[3:] for line in code.splitlines())
-    names = {"_float": losses._float}
+    names = {"_float": losses._float, "Tensor": torch.Tensor}
     exec(unindented, names)
     assert names["square"](torch.tensor([-2.0])).tolist() == [-4.0]
 
