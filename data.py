@@ -15,7 +15,9 @@ import os
 import random
 import re
 from collections.abc import Callable
+from typing import Literal
 
+import configs
 from configs import UsageError
 
 HUB = {"tofu": "locuslab/TOFU", "muse": "muse-bench/MUSE-{}"}  # {}: the subset
@@ -27,6 +29,42 @@ SUBSETS = {  # the first is the default
 }
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
 REFUSALS = os.path.join(CONFIGS, "refusals.txt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(configs.Settings):
+    """data"""
+    benchmark: Literal["demo", "tofu", "muse", "markov"] = "demo"  # what is unlearned and scored
+    subset: str | None = None  # tofu: forget10, forget05, forget01; muse: news, books;
+                               # markov: short, unseen; None = the first
+    data: str | None = None  # hub id or local directory (None = the benchmark's own);
+                             # markov: seed of its samples
+    split: str | None = None  # muse: the text to unlearn, None = raw/forget;
+                              # News has scal/forget_1 to 4 and sust/ too
+    forget_data: str | None = None  # unlearn YOUR rows: a .jsonl, .json or .txt with question and
+                                    # answer, or text
+    retain_data: str | None = None  # ... and the rows to keep
+    template: Literal["chat", "llama2", "qa"] | None = None  # chat = the tokenizer's own;
+                                                             # None = chat, or the benchmark's
+    system_prompt: str = "You are a helpful assistant."  # of chat; empty if its template has none
+    date_string: str = "10 Apr 2025"  # of chat: Llama-3's prompts have today's date otherwise
+    max_length: int | None = None  # tokens of prompt and answer, None = 500;
+                                   # muse: of a chunk, None = 2048
+
+    def problems(self):
+        subsets = SUBSETS[self.benchmark]
+        yield from self.check("subset", lambda name: name in subsets,
+                              f"{self.benchmark} has {', '.join(subsets)}.")
+        yield from self.check(
+            "split", lambda name: self.benchmark == "muse" and name.count("/") == 1,
+            "is config/split of MUSE's data, as in --benchmark=muse --split=scal/forget_2.")
+        if self.retain_data and not self.forget_data and self.benchmark == "demo":
+            yield "--retain_data goes with --forget_data."
+        if self.benchmark == "markov" and (self.forget_data or self.retain_data):
+            yield ("--forget_data and --retain_data do not go with markov: its scores need the "
+                   "true chains.")
+        yield from self.check("max_length", lambda n: n >= 2, "must be at least 2.")
+        yield from self.check("forget_data retain_data", os.path.isfile, "no such file.")
 
 
 @dataclasses.dataclass
@@ -325,6 +363,137 @@ def read_alternates(path: str | None = None, refusals: str | None = None) -> Cal
                              f"{question!r}.")
         return by_question[question]
     return alternates
+
+
+# ------------------------------------------------------------------------------------------------
+# recorded evaluations: our examples.jsonl, and the logs of the TOFU authors and open-unlearning
+
+TOFU_LOG = {
+    "eval_log_forget.json": "forget",
+    "eval_log.json": "retain",
+    "eval_real_author_wo_options.json": "real_authors",
+    "eval_real_world_wo_options.json": "world_facts",
+}
+OPEN_UNLEARNING_LOG = {
+    "forget": "forget",
+    "retain": "retain",
+    "ra": "real_authors",
+    "wf": "world_facts",
+}
+TOFU_COLUMNS = {  # key of our record: column
+    "nll": "avg_gt_loss",
+    "paraphrased_nll": "avg_paraphrased_loss",
+    "perturbed_nll": "average_perturb_loss",
+    "n_tokens": "num_token_gt",
+    "rougeL_recall": "rougeL_recall",
+}
+# of a record: its texts, and the scores of an audit (membership: higher = more like a member)
+TEXTS = ("question", "answer", "generated")
+MEMORIZATION = ("exact_memorization", "extraction_strength")
+MEMBERSHIP = ("loss", "zlib", "min_k", "min_k_pp", "gradnorm")
+LEAST = {  # the least value of each number of a record
+    "n_tokens": 1,
+    **dict.fromkeys(("index", "rougeL_recall", "rougeL_f1", *MEMORIZATION), 0),
+    **dict.fromkeys(("nll", "paraphrased_nll", "perturbed_nll", "kl"), -1e-3),
+    **dict.fromkeys(MEMBERSHIP, -1e12),
+}
+ON_HUB = "dataset:"
+
+
+def download(location: str) -> str:
+    """The local copy of dataset:org/name[@revision]/path.json, a file of a data set on the hub."""
+    org, name, path = (location.removeprefix(ON_HUB).split("/", 2) + ["", ""])[:3]
+    if not (org and name and path):
+        raise UsageError(f"{location}: is written dataset:org/name/path.json, or "
+                         "dataset:org/name@revision/path.json.")
+    from huggingface_hub import hf_hub_download
+    name, _, revision = name.partition("@")
+    try:
+        return hf_hub_download(
+            f"{org}/{name}", path, repo_type="dataset", revision=revision or None)
+    except Exception as e:  # the hub client raises many kinds
+        reason = (str(e).strip() or "-").splitlines()[0]
+        raise UsageError(
+            f"{location}: the hub did not give it ({type(e).__name__}: {reason}); check the name, "
+            "the network and HF_HUB_OFFLINE, or download the file and name that.") from None
+
+
+def read_log(path: str) -> list:
+    """Records of a log in any of the three formats; its content tells which."""
+    text = read_text(download(path) if path.startswith(ON_HUB) else path)
+    try:
+        records = parse_log(text)
+        if not records:
+            raise ValueError("it holds no scored examples")
+        for i, record in enumerate(records, 1):
+            check_record(record, i)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
+        raise UsageError(
+            f"{path}: not a log this can read ({type(e).__name__}: {e}); it takes examples.jsonl, "
+            "TOFU's eval_log_aggregated.json and open-unlearning's TOFU_EVAL.json.") from None
+    return records
+
+
+def parse_log(text):
+    try:
+        log = json.loads(text)
+    except ValueError:  # several documents: JSON lines
+        log = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if isinstance(log, dict) and "set" in log:  # of JSON lines the only one
+        log = [log]
+    return log if isinstance(log, list) else read_tofu_log(log) or read_open_unlearning_log(log)
+
+
+def check_record(record, i):
+    if not (isinstance(record["set"], str) and {"nll", "rougeL_f1"} & record.keys()):
+        raise ValueError(f"row {i} is no scored example")
+    for key, value in record.items():
+        valid = True
+        if key in TEXTS:
+            valid = isinstance(value, str | None)
+        elif key in LEAST:
+            numbers = value if key == "perturbed_nll" else [value]
+            valid = numbers and all(is_number(number, LEAST[key]) for number in numbers)
+        if not valid:
+            raise ValueError(f"row {i}: {key} cannot be {value!r:.60}")
+
+
+def is_number(value, least):
+    return type(value) in (int, float) and least <= value < 1e12
+
+
+def read_tofu_log(log):
+    records = []
+    for file, name in TOFU_LOG.items():
+        columns = {column: listed(values) for column, values in log.get(file, {}).items()}
+        for i, texts in enumerate(columns.get("generated_text", [])):
+            record = {key: columns[column][i] for key, column in TOFU_COLUMNS.items()}
+            record |= {"set": name, "index": i, "generated": texts[1], "answer": texts[2]}
+            records.append(record)
+    return records
+
+
+def read_open_unlearning_log(log):
+    records = []
+    for short, name in OPEN_UNLEARNING_LOG.items():
+        columns = []
+        for kind in ("Prob", "PARA_Prob", "PERT_Prob", "ROUGE"):
+            columns.append(listed(log.get(f"{short}_Q_A_{kind}", {}).get("value_by_index", {})))
+        own, paraphrased, perturbed, answers = columns
+        for i, wrong in enumerate(perturbed):
+            record = {"set": name, "index": i, "perturbed_nll": wrong["avg_loss"]}
+            record["nll"] = (own or paraphrased)[i]["avg_loss"]
+            record["paraphrased_nll"] = (paraphrased or own)[i]["avg_loss"]
+            if answers:
+                record["rougeL_recall"] = answers[i]["rougeL_recall"]
+                record["generated"] = answers[i]["generation"]
+            records.append(record)
+    return records
+
+
+def listed(values):
+    """The values in order, from a list or from a dict by index."""
+    return values if isinstance(values, list) else [values[key] for key in sorted(values, key=int)]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 import safetensors
 import torch
@@ -46,6 +47,25 @@ transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: N
 
 
 @dataclasses.dataclass(frozen=True)
+class Machine(configs.Settings):
+    """machine"""
+    changes_result = False
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    micro_batch_tokens: int = 1024  # tokens a process computes at once: memory, never the result
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: every GPU holds its shard of the model only
+
+    def problems(self):
+        yield from self.check("micro_batch_tokens", lambda n: n >= 1, "must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision(configs.Settings):
+    """precision"""
+    dtype: Literal["fp32", "bf16", "bf16_weights"] = "fp32"  # bf16 = autocast over fp32 weights
+    deterministic: bool = False  # CUDA: slower kernels that give the same bits each time
+
+
+@dataclasses.dataclass(frozen=True)
 class Process:
     """One of `world` processes that run the same program; rank 0 prints and writes."""
     rank: int
@@ -59,6 +79,11 @@ class Process:
     def sharded(self) -> bool:
         """FSDP forwards are collective: every rank must run the same number of them."""
         return self.parallel == "fsdp" and self.world > 1
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of weights, gradients and AdamW's state."""
+        return torch.bfloat16 if self.dtype == "bf16_weights" else torch.float32
 
     @property
     def gpu(self) -> str | None:
@@ -172,15 +197,25 @@ def from_pretrained(auto, name: str, **options):
 
 
 def load_tokenizer(name: str):
-    return from_pretrained(transformers.AutoTokenizer, name)
+    """Without files transformers raises, or makes one of special tokens only (Phi, Qwen, GPT-2)."""
+    missing = UsageError(f"{name}: has no tokenizer; give --tokenizer=, the one it was trained "
+                         "with (Llama-2 chat: --tokenizer=NousResearch/Llama-2-7b-chat-hf).")
+    try:
+        tokenizer = from_pretrained(transformers.AutoTokenizer, name)
+    except UsageError as e:
+        if "instantiate the backend tokenizer" in str(e) or "Can't load tokenizer" in str(e):
+            raise missing from None
+        raise
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise missing
+    return tokenizer
 
 
 def load_model(name: str, proc: Process):
-    """A causal language model in float32, without dropout.
+    """A causal language model, without dropout.
 
     Safetensors only, and no code of the repository is run. `lm.row_limit`: see row_limit().
     """
-    dtype = torch.bfloat16 if proc.dtype == "bf16_weights" else torch.float32
     auto = transformers.AutoModelForCausalLM
     with proc.clock.phase("loading"):
         if proc.rank == 0:
@@ -189,7 +224,7 @@ def load_model(name: str, proc: Process):
         turns = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if proc.world > 1 else 1
         for turn in range(turns):
             if turn == int(os.environ.get("LOCAL_RANK", 0)) or turns == 1:
-                lm = from_pretrained(auto, name, dtype=dtype, use_safetensors=True)
+                lm = from_pretrained(auto, name, dtype=proc.weight_dtype, use_safetensors=True)
                 lm = place(lm, proc)
             proc.barrier()
         lm.row_limit = row_limit(lm)
@@ -202,6 +237,8 @@ def load_model(name: str, proc: Process):
 def place(lm, proc: Process):
     """Move a model to its device; with FSDP each rank keeps its shard of every decoder layer."""
     remove_dropout(lm)
+    for parameter in lm.parameters():  # lm.to(dtype) would round the rotary frequencies too
+        parameter.data = parameter.data.to(proc.weight_dtype)
     if proc.sharded:
         policy = MixedPrecisionPolicy()
         if proc.dtype == "bf16":
@@ -780,7 +817,7 @@ def memory_plan(name: str, c, proc: Process, groups: list, with_ref_model: bool)
     n_answer = sum(example.n_answer for group in groups for example in group)
 
     # bytes per number: of weights and gradients, of matrix products, of the residual stream
-    weight = 2 if c.dtype == "bf16_weights" else 4
+    weight = proc.weight_dtype.itemsize
     product = 4 if c.dtype == "fp32" else 2
     residual = 2 if product == 2 and (proc.sharded or weight == 2) else 4
     layer = 2 * (residual + 4 + product) * hidden + product * (5 * hidden + 4 * mlp)

@@ -1,18 +1,19 @@
 """Attack unlearned models: does what was forgotten come back?
 
-    python relearn.py out/demo      # fine-tune on 20 % of the forget set, score the other 80 %
-    python relearn.py out/demo --attacks=relearn_random,int8,int4,nf4,fp4,paraphrase --seeds=0,1,2
+    python relearn.py out/demo                      # relearn 20 % of the forget set, score the rest
+    python relearn.py out/demo --attacks=relearn_random,relearn_shortest,int4,paraphrase
     python relearn.py out/simnpo_s0 out/npo_s0 out/npo_s1 --attacks=int4,audits   # one table
-    python relearn.py out/books --fraction=1 --steps=100 --lr=1e-5 --schedule=cosine   # as MUSE's
+    python relearn.py out/books --steps=100 --eval_at=50,75,100 --fraction=1      # as MUSE does
     python relearn.py org/model --benchmark=tofu --model=org/target --retain_model=org/retain
 
-The retain model, which never saw any of it, is attacked the same way, once: what it learns is no
-memory coming back. Several runs are attacked with the first one's settings, each against its own
-target and retain model. A run's rows go to its relearn.json, its table to relearn.md and .csv, its
-curves to relearn.png (or below --out); the table over several runs to out/relearn.md and .csv (or
-in --out).
+The retain model, which never saw the forget set, is attacked in the same way, once: what it learns
+is not memory that comes back. Several runs are attacked with the settings of the first one (lr,
+template, ...), each against its own target and retain model. A run's rows go to its relearn.json,
+its table to relearn.md and .csv, its curves to relearn.png (or below --out); the table over several
+runs to out/relearn.md and .csv (or in --out).
 """
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -27,98 +28,43 @@ import model as models
 import unlearn
 from configs import UsageError, rundir
 
-
-@dataclasses.dataclass(frozen=True)
-class Attack(configs.Settings):
-    """attack"""
-    attacks: tuple[str, ...] = ("relearn_random",)  # ..., int4: any of the table ATTACKS
-    fraction: float = 0.2  # relearn: share of the forget examples that is learned again
-    examples: int | None = None  # relearn: how many, as a number
-    relearn_data: str | None = None  # relearn: fine-tune on these rows instead (benign data)
-    seeds: tuple[int, ...] = (0,)  # relearn: one curve per seed
-    control: bool = True  # attack the retain model too
-    utility: bool = False  # score the other sets after each attack too
-
-    def problems(self):
-        unknown = [name for name in self.attacks if name not in ATTACKS]
-        if unknown or not self.attacks:
-            yield f"--attacks={','.join(self.attacks)}: any of {', '.join(ATTACKS)}."
-        yield from self.check("fraction", lambda v: 0 < v <= 1, "must be above 0 and at most 1.")
-        yield from self.check("examples", lambda n: n >= 1, "must be at least 1.")
-        yield from self.check("relearn_data", os.path.isfile, "no such file.")
-        if min(self.seeds, default=-1) < 0:
-            yield f"--seeds={','.join(map(str, self.seeds))}: at least one, none below 0."
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(unlearn.Config, Attack):
-    """training, where an attack differs from unlearning (the optimizer is the run's own)"""
-    epochs: float = 10.0
-    batch_size: int = 4
-
-    def problems(self):
-        if self.eval_every == 0 and not self.eval_at:
-            yield "--eval_every=0: an attack is scored; above 0, or --eval_at=STEP."
-        if self.parallel == "fsdp" and set(self.attacks) & set(GRIDS):
-            yield "--attacks: rounding needs whole weights: --parallel=ddp."
-        if self.benchmark == "markov":
-            yield "--benchmark=markov: relearn.py has no attack on Markov chains."
-
-
-# an attack fine-tunes on the plain answers, from the model as it is
-FIXED = {"forget_loss": "nll", "retain_loss": "none", "forget_weight": 1.0, "audits": False,
-         "resume": False, "save_every": 0.0}
-
-
-def refuse_ignored(argv: list):
-    """Refuse settings that an attack does not read."""
-    ignored = {*FIXED, *configs.fields(unlearn.Method), *configs.fields(unlearn.Keeping), "seed"}
-    instead = {"audits": "write --attacks=audits", "seed": "write --seeds=0,1,2"}
-    for word in argv:
-        name = word.removeprefix("--").partition("=")[0]
-        if name in ignored:
-            advice = instead.get(name, "leave it out")
-            raise UsageError(f"{word}: attacks do not read {name}; {advice}.")
-
-
 # ------------------------------------------------------------------------------------------------
-# attacks: attack(victim, how, seed) -> rows of {step, epoch, scores}
+# attacks: (a, lm, tokenizer) -> rows of {step, epoch, scores}
 
 
-@dataclasses.dataclass
-class Victim:
-    """A model under attack, its data and what it is compared with."""
-    c: Config
-    proc: models.Process
-    name: str
+@dataclasses.dataclass(frozen=True)
+class Attacked:
+    """A model under attack, and what its scores are compared with."""
+    name: str  # of the model
     label: str
+    c: "Config"
+    proc: models.Process
     bench: data.Benchmark
-    retain: list | None  # the retain model's records
-    before: list | None  # its own before the attack; None for the retain model itself
-    target: list | None  # of the model it was unlearned from
+    retain: list | None  # records of the retain model
+    before: list | None  # of this model before the attack; None for the control
+    target: list | None  # of the model that it was unlearned from
+    seed: int = 0
 
-    def load(self):
-        return evaluate.load(self.name, self.c, self.proc)
-
-    def score(self, lm, tokenizer, seen=()) -> dict:
-        """The scores, those of the questions not in `seen`, and how much of the forgotten is back.
-        """
+    def score(self, lm, tokenizer, seen=()):
+        """The scores of all questions, of those not in `seen`, and how much is recovered."""
         scores, records = evaluate.evaluate(
             lm, tokenizer, self.bench, self.c, self.proc, self.retain)
-        others = unseen(records, seen) if seen else []
-        if others and others[0]["set"] == "forget":
-            retained = unseen(self.retain, seen) or None
-            for key, value in evaluate.summarize(others, retained, self.c).items():
+        rest = forget_records(records, seen)
+        if seen and rest and rest[0]["set"] == "forget":
+            retain = forget_records(self.retain, seen) or None
+            for key, value in evaluate.summarize(rest, retain, self.c).items():
                 scores[f"unseen_{key}"] = value
-        attacked, before, target = (
-            known(some, seen) for some in (records, self.before, self.target))
-        if None not in (attacked, before, target):  # of the same questions, all three
-            scores["recovered"] = recovered(attacked, before, target)
+        compared = [forget_records(some, seen) for some in (records, self.before, self.target)]
+        if all(compared):
+            scores["recovered"] = recovered(*map(known, compared))
         return scores
 
+    def score_once(self, lm, tokenizer):
+        return [{"step": 0, "epoch": 0.0, **self.score(lm, tokenizer)}]
 
-def unseen(records, seen=()) -> list:
-    """Records that measure what is known of the forget set, without the questions in `seen`."""
+
+def forget_records(records, seen):
+    """The records that show what is known of the forget set, without the questions in `seen`."""
     found = []
     for record in records or []:
         question = record.get("question") or record.get("answer")
@@ -127,66 +73,56 @@ def unseen(records, seen=()) -> list:
     return found
 
 
-def known(records, seen=()) -> float | None:
-    """How much of it is known: the mean probability of the forget answers (MUSE: ROUGE)."""
-    values = []
-    for record in unseen(records, seen):
-        is_qa = record["set"] == "forget"
-        values.append(float(np.exp(-record["nll"])) if is_qa else record["rougeL_f1"])
-    return float(np.mean(values)) if values else None
+def known(records):
+    """Mean probability of the forget answers; MUSE: mean ROUGE of the answers given."""
+    if records[0]["set"] == "knowmem_f":
+        return np.mean(evaluate.column(records, "rougeL_f1"))
+    return np.exp(-np.array(evaluate.column(records, "nll"))).mean()
 
 
-def recovered(attacked: float, unlearned: float, target: float) -> float | None:
+def recovered(attacked, unlearned, target):
     """(attacked - unlearned) / (target - unlearned): 0 = stays forgotten, 1 = all is back.
 
-    None where so little had been forgotten (a difference below 0.05) that it means nothing.
+    None where so little was forgotten (a difference below 0.05) that the share means nothing.
     """
-    if abs(target - unlearned) < 0.05:
-        return None
-    return (attacked - unlearned) / (target - unlearned)
+    forgotten = target - unlearned
+    return (attacked - unlearned) / forgotten if abs(forgotten) >= 0.05 else None
 
 
-def by_answer_length(group: list) -> int:
-    return group[0].n_answer
+def choose(how, examples, k, rng):
+    """k indices: random ones, or those of the shortest or longest answers."""
+    indices = list(range(len(examples)))
+    if how == "random":
+        return rng.sample(indices, k)
+    indices.sort(key=lambda i: examples[i].n_answer, reverse=how == "longest")
+    return indices[:k]
 
 
-CHOOSE = {  # (groups, k, rng) -> k groups
-    "random": lambda groups, k, rng: rng.sample(groups, k),
-    "shortest": lambda groups, k, rng: sorted(groups, key=by_answer_length)[:k],
-    "longest": lambda groups, k, rng: sorted(groups, key=by_answer_length, reverse=True)[:k],
-}
+def relearn(a, lm, tokenizer, how):
+    """Fine-tune on some forget examples (or on benign rows), scored at each epoch."""
+    rows = data.read_own(a.c.relearn_data) if a.c.relearn_data else a.bench.forget
+    groups = unlearn.encode_groups(a.c, tokenizer, a.proc, forget=rows)["forget"]
+    k = min(len(groups), a.c.examples or max(1, round(a.c.fraction * len(groups))))
+    examples = [group[0] for group in groups]
+    chosen = choose(how, examples, k, random.Random(f"{a.seed} relearn"))
+    rows = [examples[i].row for i in chosen]
+    seen = {row.get("question") or row.get("text") for row in rows}
 
-
-def relearn(victim: Victim, how: str, seed: int) -> list:
-    """Fine-tune on some forget examples, or on benign rows, with the project's own loop."""
-    lm, tokenizer = victim.load()
-    c, proc = victim.c, victim.proc
-    rows = data.read_own(c.relearn_data) if c.relearn_data else victim.bench.forget
-    groups = unlearn.encode_groups(c, tokenizer, proc, forget=rows)["forget"]
-    k = min(len(groups), c.examples or max(1, round(c.fraction * len(groups))))
-    chosen = CHOOSE[how](groups, k, random.Random(f"{seed} relearn"))
-    seen = {group[0].row.get("question") or group[0].row.get("text") for group in chosen}
-    curve = []
-
-    def score(step, epoch):
-        scores = victim.score(lm, tokenizer, seen)
-        curve.append({"step": step, "epoch": epoch, **scores})
-        return scores
-
-    out = os.path.join(c.out, "relearn", f"{victim.label}_{how}_{seed}")
-    c = dataclasses.replace(c, seed=seed, out=out)
-    run = rundir.RunDirectory(c, proc)
+    out = os.path.join(a.c.out, "relearn", f"{a.label}_{how}_{a.seed}")
+    c = dataclasses.replace(a.c, seed=a.seed, out=out)
+    run = rundir.RunDirectory(c, a.proc)
     run.resumable = False
-    with run.watch_signals(), proc.clock.phase("training"):
-        unlearn.train(c, proc, lm, {"forget": chosen}, score, run, f"relearn {victim.label}")
-    return curve
+    with run.watch_signals(), a.proc.clock.phase("training"):
+        log = unlearn.train(c, a.proc, lm, {"forget": [groups[i] for i in chosen]},
+                            lambda step, epoch: a.score(lm, tokenizer, seen), run,
+                            title=f"relearn {a.label}")
+    return [row for row in log if "loss" not in row]
 
 
-def normal_float_4() -> torch.Tensor:
+def normal_float_4():
     """NF4 (arXiv 2305.14314): 16 quantiles of a normal distribution with an exact 0, in [-1, 1]."""
     def quantiles(n):
-        p = torch.linspace(0.9677083, 0.5, n, dtype=torch.float64)[:-1]
-        return torch.special.ndtri(p)
+        return torch.special.ndtri(torch.linspace(0.9677083, 0.5, n, dtype=torch.float64)[:-1])
 
     zero = torch.zeros(1, dtype=torch.float64)
     values = torch.cat([quantiles(9), zero, -quantiles(8)]).sort().values
@@ -204,241 +140,245 @@ GRIDS = {
 
 
 @torch.no_grad()
-def round_weights(lm, name: str, block: int = 64):
-    """Round every matrix but embeddings and output head to a grid.
+def round_weights(lm, name, block=64):
+    """Round every matrix to the grid, in blocks of weights that are scaled by their largest.
 
-    Each block of weights is scaled by its largest. int8 is such a grid too, not LLM.int8.
+    Embeddings and output head stay. GPT-2's matrices and fused experts' are no nn.Linear.
     """
     grid = GRIDS[name].to(lm.device)
-    middles = (grid[1:] + grid[:-1]) / 2
-    kept = set(lm.get_output_embeddings().parameters())
+    borders = (grid[1:] + grid[:-1]) / 2
+    kept = {*lm.get_output_embeddings().parameters()}
     for module in lm.modules():
         if isinstance(module, torch.nn.Embedding):
-            kept |= set(module.parameters())
-    for weight in lm.parameters():  # GPT-2's matrices are no nn.Linear
-        if weight.ndim < 2 or weight in kept:
-            continue
-        flat = weight.flatten()
-        blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
-        scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
-        nearest = torch.bucketize(blocks / scale, middles)
-        weight.copy_((grid[nearest] * scale).flatten()[:len(flat)].view_as(weight))
+            kept |= {*module.parameters()}
+    for weight in lm.parameters():
+        if weight.ndim > 1 and weight not in kept:
+            flat = weight.flatten()
+            blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
+            scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
+            rounded = grid[torch.bucketize(blocks / scale, borders)] * scale
+            weight.copy_(rounded.flatten()[:len(flat)].view_as(weight))
 
 
-def score_once(victim: Victim, lm, tokenizer) -> list:
-    return [{"step": 0, "epoch": 0.0, **victim.score(lm, tokenizer)}]
+def quantize(a, lm, tokenizer, grid):
+    """Round the weights: forgetting may vanish with their last digits (arXiv 2410.16454)."""
+    round_weights(lm, grid)
+    return a.score_once(lm, tokenizer)
 
 
-def quantize(victim: Victim, how: str, seed: int) -> list:
-    """Round the weights to a coarse grid (arXiv 2410.16454: forgetting may vanish)."""
-    lm, tokenizer = victim.load()
-    round_weights(lm, how)
-    return score_once(victim, lm, tokenizer)
+def paraphrase(a, lm, tokenizer):
+    """Ask in other words than in training; no forget quality, for the reference was not."""
+    rows = [row | {"question": row["paraphrased_question"]} for row in a.bench.evals["forget"]]
+    bench = dataclasses.replace(a.bench, evals={"forget": rows})
+    return dataclasses.replace(a, bench=bench, retain=None).score_once(lm, tokenizer)
 
 
-def paraphrase(victim: Victim, how: str, seed: int) -> list:
-    """Ask in other words than in training.
-
-    No forget quality: the retain reference was asked the plain questions.
-    """
-    rows = []
-    for row in victim.bench.evals["forget"]:
-        rows.append(row | {"question": row["paraphrased_question"]})
-    bench = dataclasses.replace(victim.bench, evals={"forget": rows})
-    victim = dataclasses.replace(victim, bench=bench, retain=None)
-    return score_once(victim, *victim.load())
-
-
-def audit(victim: Victim, how: str, seed: int) -> list:
+def audit(a, lm, tokenizer):
     """No attack on the weights: memorization, and membership against the holdout set."""
-    retain = victim.retain if victim.before else None
-    c = dataclasses.replace(victim.c, audits=True)
-    victim = dataclasses.replace(victim, c=c, retain=retain, before=None)
-    return score_once(victim, *victim.load())
+    c, retain = dataclasses.replace(a.c, audits=True), a.retain if a.before else None
+    return dataclasses.replace(a, c=c, retain=retain, before=None).score_once(lm, tokenizer)
 
 
-ATTACKS = {
-    **{f"relearn_{how}": (relearn, how) for how in CHOOSE},
-    **{name: (quantize, name) for name in GRIDS},
-    "paraphrase": (paraphrase, ""),
-    "audits": (audit, ""),
-}
+ATTACKS = {}
+for how in ("random", "shortest", "longest"):
+    ATTACKS[f"relearn_{how}"] = functools.partial(relearn, how=how)
+for grid in GRIDS:
+    ATTACKS[grid] = functools.partial(quantize, grid=grid)
+ATTACKS |= {"paraphrase": paraphrase, "audits": audit}
+
+
+def attack(a, name, seed):
+    """Rows of one attack on one model."""
+    lm, tokenizer = evaluate.load(a.name, a.c, a.proc)
+    rows = ATTACKS[name](dataclasses.replace(a, seed=seed), lm, tokenizer)
+    return [{"attack": name, "model": a.label, "seed": seed, **row} for row in rows]
+
+
+def attack_all(a, controls):
+    """Rows of all attacks on a run and on its retain model, the control.
+
+    controls: {(model, attack, seed): rows}; one that several runs share is attacked once.
+    """
+    jobs = []
+    for name in a.c.attacks:
+        seeds = a.c.seeds if name.startswith("relearn") else a.c.seeds[:1]
+        jobs += [(name, seed) for seed in seeds]
+    rows = []
+    for job in a.proc.progress(jobs, f"attacks on {a.label}"):
+        rows += attack(a, *job)
+        if a.c.control and a.c.retain_model:
+            key = a.c.retain_model, *job
+            if key not in controls:
+                control = dataclasses.replace(
+                    a, name=a.c.retain_model, label=CONTROL, before=None)
+                controls[key] = attack(control, *job)
+            rows += controls[key]
+        if a.proc.rank == 0:  # what is done is kept, whatever becomes of the next attack
+            rundir.write(os.path.join(a.c.out, "relearn.json"), json.dumps(rows, indent=1) + "\n")
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------
 # the report
 
-# the first eight that there are stand in a run's table; relearn.json has all
+CONTROL = "retain model"
 SHOWN = ("unseen_forget_prob", "unseen_forget_rouge", "forget_prob", "forget_rouge",
          "forget_quality", "model_utility", "verbmem_f", "knowmem_f", "knowmem_r", "recovered",
          "mia_min_k", "extraction_strength", "privleak")
-ARROWS = {**evaluate.ARROWS, "unseen_forget_prob": "↓", "unseen_forget_rouge": "↓",
-          "recovered": "↓", **dict.fromkeys(("before unlearning", "unlearned", *ATTACKS), "")}
+AUDITS = (*data.MEMORIZATION, *(f"mia_{key}" for key in data.MEMBERSHIP),
+          "mia_reference", "privleak")
+ARROWS = evaluate.ARROWS | {
+    **dict.fromkeys(("unseen_forget_prob", "unseen_forget_rouge", "recovered"), "↓"),
+    **dict.fromkeys(("before unlearning", "unlearned", *ATTACKS), ""),
+}
 
 
-def by_seed(rows: list, model: str, attack: str) -> list[list]:
-    """The rows of one attack on one model, a list per seed."""
-    seeds = {}
-    for row in rows:
-        if (row["model"], row["attack"]) == (model, attack):
-            seeds.setdefault(row["seed"], []).append(row)
-    return list(seeds.values())
+def group(pairs):
+    """{key: [values]} of (key, value)."""
+    groups = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
 
 
-def mean_and_spread(rows: list, keys: list) -> dict:
-    """{score: its value, or (mean, standard deviation) over several rows}."""
-    found = {}
-    for key in keys:
-        values = [row.get(key) for row in rows]
-        if None not in values:
-            several = len(values) > 1
-            spread = (float(np.mean(values)), float(np.std(values, ddof=1))) if several else None
-            found[key] = spread or values[0]
-    return found
+def curves_of(rows):
+    return group(((row["model"], row["attack"], row["seed"]), row) for row in rows)
 
 
-def report(victim: Victim, rows: list):
-    """One model's table, before unlearning to after each attack, and its curves."""
-    c = victim.c
-    present = set().union(*rows)
-    keys = [key for key in SHOWN if key in present][:8]
-    stages = {"before unlearning": victim.target, f"{victim.label}, unlearned": victim.before,
-              "retain model": victim.retain}
-    table = {}
-    for stage, records in stages.items():
+def lines_of(a, rows):
+    """{(model, stage, title): [scores of each seed]}: what the tables are made of.
+
+    stage: before unlearning, unlearned, or an attack; "" at the start of one.
+    """
+    lines = []
+    for model, stage, title, records in (
+            (a.label, "before unlearning", "before unlearning", a.target),
+            (a.label, "unlearned", f"{a.label}, unlearned", a.before),
+            (CONTROL, "unlearned", CONTROL, a.retain)):
         if records:
-            scores = evaluate.summarize(records, victim.retain, c)
-            table[stage] = {key: scores.get(key) for key in keys}
-    curves = {}
-    for model, attack in dict.fromkeys((row["model"], row["attack"]) for row in rows):
-        seeds = by_seed(rows, model, attack)
-        if attack.startswith("relearn"):
-            first = [curve[0] for curve in seeds]
-            table[f"{model}, at the start of {attack}"] = mean_and_spread(first, keys)
-        last = [curve[-1] for curve in seeds]
-        table[f"{model}, after {attack}"] = mean_and_spread(last, keys)
-        for curve in seeds:
-            if len(curve) > 1:
-                curves[f"{model}, {attack}, seed {curve[0]['seed']}"] = curve
-    path = os.path.join(c.out, "relearn")
-    victim.proc.say("\n" + configs.show_tables({"scores": table}, ARROWS, path))
-    if curves:
-        configs.picture(f"{path}.png", curves, {}, "epoch", keys[0])
-    picture = ", relearn.png" if curves else ""
-    victim.proc.say(f"\n{c.out}: relearn.json, relearn.md, relearn.csv{picture}")
+            scores = evaluate.summarize(records, a.retain, a.c)
+            lines.append(((model, stage, title), scores))
+    for (model, name, _), curve in curves_of(rows).items():
+        if name.startswith("relearn"):
+            lines.append(((model, "", f"{model}, at the start of {name}"), curve[0]))
+        lines.append(((model, name, f"{model}, after {name}"), curve[-1]))
+    return group(lines)
 
 
-def compare(path: str, attacked: dict, proc):
-    """Tables over runs. attacked: {label: ({stage: records before any attack}, rows, model)}."""
-    tables = {"known of the forget set (after relearning: of the rest of it)": {},
-              "recovered": {}, "audits": {}}
-    after, back, audits = tables.values()
-    for label, (stages, rows, model) in attacked.items():
-        after[label] = {}
-        for stage, records in stages.items():
-            value = known(records)
-            if value is not None:
-                after[label][stage] = value
-        for attack in dict.fromkeys(row["attack"] for row in rows):
-            last = [curve[-1] for curve in by_seed(rows, model, attack)]
-            mean = {}
-            for key in last[0]:
-                values = [row.get(key) for row in last]
-                if key not in ("attack", "model") and None not in values:
-                    mean[key] = float(np.mean(values))
-            if attack == "audits":
-                names = [key for key in mean if key.startswith(("mia_", "ex", "privleak"))]
-                audits[label] = {key: mean[key] for key in names}
-                continue
-            percent = mean.get("knowmem_f", 0) / 100
-            whole = mean.get("forget_prob", percent)
-            after[label][attack] = mean.get("unseen_forget_prob", whole)
-            if "recovered" in mean:
-                back.setdefault(label, {})[attack] = mean["recovered"]
-    tables = {title: rows for title, rows in tables.items() if rows}
-    proc.say("\n" + configs.show_tables(tables, ARROWS, path) + f"\n\n{path}.md, {path}.csv")
+def values_of(key, several):
+    """A score of each seed; [] where one of them lacks it."""
+    values = [scores.get(key) for scores in several]
+    return [] if None in values else values
+
+
+def spread(values):
+    """The mean and standard deviation over seeds; of one seed its value."""
+    if len(values) > 1:
+        return np.mean(values), np.std(values, ddof=1)
+    return values[0] if values else None
+
+
+def report(a, rows, lines):
+    """One run's table and the picture of its curves."""
+    keys = [key for key in SHOWN if any(key in row for row in rows)]
+    table = {}
+    for (_, _, title), several in lines.items():
+        # as many as stay readable; relearn.json has all
+        table[title] = {key: spread(values_of(key, several)) for key in keys[:8]}
+    path = os.path.join(a.c.out, "relearn")
+    a.proc.say("\n" + configs.show_tables({"scores": table}, ARROWS, path))
+    drawn = {}
+    for (model, name, seed), curve in curves_of(rows).items():
+        if len(curve) > 1:
+            drawn[f"{model}, {name}, seed {seed}"] = curve
+    if drawn:
+        configs.picture(f"{path}.png", drawn, {}, "epoch", keys[0])
+    picture = ", relearn.png" if drawn else ""
+    a.proc.say(f"\n{a.c.out}: relearn.json, relearn.md, relearn.csv{picture}")
+
+
+def compare(path, stages_of_all, proc):
+    """Tables over runs and controls {label: {stage: [scores of each seed]}}; means over seeds."""
+    title = "known of the forget set (after relearning: of the rest of it)"
+    tables = {title: {}, "recovered": {}, "audits": {}}
+
+    def put(table, label, column, values):
+        if values:
+            tables[table].setdefault(label, {})[column] = np.mean(values)
+
+    for label, stages in stages_of_all.items():
+        for stage, several in stages.items():
+            if stage == "audits":
+                for key in AUDITS:
+                    put("audits", label, key, values_of(key, several))
+            elif stage:
+                put(title, label, stage, [shown_as_known(scores) for scores in several])
+                put("recovered", label, stage, values_of("recovered", several))
+    tables = {title: table for title, table in tables.items() if table}
+    text = configs.show_tables(tables, ARROWS, path)
+    proc.say(f"\n{text}\n\n{path}.md, {path}.csv")
+
+
+def stages_of(lines, owner):
+    return {stage: several for (model, stage, _), several in lines.items() if model == owner}
+
+
+def shown_as_known(scores):
+    muse = scores.get("knowmem_f", 0) / 100
+    return scores.get("unseen_forget_prob", scores.get("forget_prob", muse))
 
 
 # ------------------------------------------------------------------------------------------------
-# the command
+# settings
 
 
-class Campaign:
-    """All attacks on all models. References and attacks on a control are computed once."""
+@dataclasses.dataclass(frozen=True)
+class Attack(configs.Settings):
+    """the attack"""
+    attacks: tuple[str, ...] = ("relearn_random",)  # or _shortest, _longest; int8, int4, nf4, fp4,
+                                                    # paraphrase, audits
+    fraction: float = 0.2  # relearn: the share of the forget examples that is learned again
+    examples: int | None = None  # relearn: their number instead
+    relearn_data: str | None = None  # relearn: fine-tune on these rows instead (benign data)
+    seeds: tuple[int, ...] = (0,)  # relearn: one curve per seed
+    control: bool = True  # attack the retain model too
+    utility: bool = False  # score the other sets after each attack too
 
-    def __init__(self, c, proc, bench):
-        self.c, self.proc, self.bench = c, proc, bench
-        self.scored, self.controls = {}, {}
-        self.jobs = []
-        for name in c.attacks:
-            is_relearning = ATTACKS[name][0] is relearn
-            for seed in c.seeds if is_relearning else c.seeds[:1]:
-                self.jobs.append((name, seed))
-
-    def reference(self, name: str | None) -> list | None:
-        """The records of a model before any attack."""
-        if name and name not in self.scored:
-            c = dataclasses.replace(self.c, audits="audits" in self.c.attacks)
-            self.scored[name] = evaluate.reference(c, self.proc, name, self.bench)
-        return self.scored.get(name)
-
-    def attack(self, victim: Victim, name: str, seed: int) -> list:
-        run_attack, how = ATTACKS[name]
-        stamp = {"attack": name, "model": victim.label, "seed": seed}
-        return [stamp | row for row in run_attack(victim, how, seed)]
-
-    def attack_control(self, victim: Victim, name: str, seed: int) -> list:
-        control = victim.c.retain_model
-        key = control, name, seed
-        if key not in self.controls:
-            victim = dataclasses.replace(
-                victim, name=control, label="retain model", before=None)
-            self.controls[key] = self.attack(victim, name, seed)
-        return self.controls[key]
-
-    def run(self, victim: Victim) -> list:
-        """The rows of all attacks on a model and on its control."""
-        rows = []
-        for name, seed in self.proc.progress(self.jobs, f"attacks on {victim.label}"):
-            rows += self.attack(victim, name, seed)
-            if self.c.control and victim.c.retain_model:
-                rows += self.attack_control(victim, name, seed)
-            if self.proc.rank == 0:  # what is done is kept, whatever becomes of the next attack
-                os.makedirs(victim.c.out, exist_ok=True)
-                path = os.path.join(victim.c.out, "relearn.json")
-                rundir.write(path, json.dumps(rows, indent=1) + "\n")
-        if self.proc.rank == 0:
-            report(victim, rows)
-        return rows
+    def problems(self):
+        wrong = [name for name in self.attacks if name not in ATTACKS]
+        if wrong or not self.attacks:
+            yield f"--attacks={','.join(self.attacks)}: any of {', '.join(ATTACKS)}."
+        yield from self.check("fraction", lambda v: 0 < v <= 1, "must be above 0 and at most 1.")
+        yield from self.check("examples", lambda n: n >= 1, "must be at least 1.")
+        yield from self.check("relearn_data", os.path.isfile, "no such file.")
+        if min(self.seeds, default=-1) < 0:
+            yield f"--seeds={','.join(map(str, self.seeds))}: at least one, none below 0."
 
 
-def load_settings(argv: list):
-    """(config, {model: its own config}, {model: label}, what was given)."""
-    given, names = configs.parse(Config, argv, __doc__)  # a run directory may bring the rest
-    if not names:
-        raise UsageError("name at least one run directory or model: python relearn.py out/demo "
-                         "(--help says more).")
-    refuse_ignored(argv)
-    runs = [evaluate.run_settings(name) for name in names]
-    first = next((run for run in runs if run), {})
-    own = {}
-    for key in (*configs.fields(unlearn.Optimizer), "model"):
-        if key in first:
-            own[key] = first[key]
-    inherited = evaluate.inherit(evaluate.Config, names, given)
-    c = configs.make(Config, own | inherited | given | FIXED)
-    labels, each = configs.name_runs(names), {}
-    for name in names:
-        out = configs.output_directory(name, labels, given, len(names))
-        each[name] = evaluate.against(name, dataclasses.replace(c, out=out), given)
-        configs.check_name(name, "model")
-        for setting in ("model", "retain_model"):
-            configs.check_name(getattr(each[name], setting) or name, setting)
-        rundir.writable(out)
-    return c, each, labels, given
+@dataclasses.dataclass(frozen=True)
+class Config(unlearn.Config, Attack):
+    epochs: float = 10.0  # passes over what is learned again
+    batch_size: int = 4  # examples per optimizer step, over ALL processes
+
+    def problems(self):
+        if self.eval_every == 0 and not self.eval_at:
+            yield "--eval_every=0: an attack is scored; above 0, or --eval_at=STEP."
+        if self.parallel == "fsdp" and {*self.attacks} & {*GRIDS}:
+            yield "--attacks: rounding needs whole weights: --parallel=ddp."
+        if self.benchmark == "markov":
+            yield "--benchmark=markov: relearn.py has no attack on Markov chains."
 
 
-def load_rows(c) -> data.Benchmark:
+# an attack fine-tunes on the plain answers, from the model as it is: what it ignores is refused
+FIXED = {"forget_loss": "nll", "retain_loss": "none", "forget_weight": 1.0, "audits": False,
+         "resume": False, "save_every": 0.0}
+IGNORED = dict.fromkeys([*FIXED, *configs.fields(unlearn.Method), *configs.fields(unlearn.Keeping)],
+                        "leave it out")
+INHERITED = evaluate.INHERITED | {"model", *configs.fields(unlearn.Optimizer)}
+IGNORED |= {"audits": "write --attacks=audits", "seed": "write --seeds=0,1,2"}
+
+
+def load_bench(c):
     bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, split=c.split,
                       holdout="audits" in c.attacks)
     if not c.utility and "forget" in bench.evals:
@@ -451,30 +391,50 @@ def load_rows(c) -> data.Benchmark:
     return bench
 
 
+def prepare(name, label, c, proc, bench):
+    """Score what the attacks on a run are compared with."""
+    scoring = dataclasses.replace(c, audits="audits" in c.attacks)
+    retain = evaluate.retain_reference(scoring, proc, bench)
+    before = evaluate.reference(scoring, proc, name, bench)
+    target = evaluate.reference(scoring, proc, c.model, bench) if c.model else None
+    return Attacked(name, label, c, proc, bench, retain, before, target)
+
+
 def main(argv):
-    c, each, labels, given = load_settings(argv)
-    proc = evaluate.setup(c)
-    bench = load_rows(c)
-    if c.control and not all(own.retain_model for own in each.values()):
+    given, names = configs.parse(Config, argv, __doc__)
+    if not names:
+        raise UsageError("name at least one run directory or model: python relearn.py out/demo "
+                         "(--help has the details).")
+    for word in argv:
+        key = word.removeprefix("--").partition("=")[0]
+        if key in IGNORED:
+            raise UsageError(f"{word}: attacks do not read {key}; {IGNORED[key]}.")
+    first = configs.make(Config, evaluate.inherit(INHERITED, names, given) | FIXED)
+    runs = evaluate.own_settings(names, first, given)
+    for name, c in runs.values():
+        for setting, model in (("model", name), ("model", c.model),
+                               ("retain_model", c.retain_model)):
+            configs.check_name(model or name, setting)
+        rundir.writable(c.out)
+    proc = evaluate.setup(first)
+    bench = load_bench(first)
+    if first.control and not all(c.retain_model for _, c in runs.values()):
         proc.say("No retain_model: there is no control, so what is relearned cannot be told from "
                  "what is newly learned.")
-    first = next(iter(each.values()))
-    campaign = Campaign(first, proc, bench)
-    attacked = {}
-    for name, own in each.items():
-        control = own.retain_model
-        retain = evaluate.read_log(c.retain_log) if c.retain_log else campaign.reference(control)
-        before, target = campaign.reference(name), campaign.reference(own.model)
-        victim = Victim(own, proc, name, labels[name], bench, retain, before, target)
-        rows = campaign.run(victim)
-        stages = {"before unlearning": target, "unlearned": before}
-        attacked[victim.label] = stages, rows, victim.label
-        if c.control and control:
-            label = os.path.basename(os.path.normpath(control))
-            stages = {"unlearned": campaign.reference(control)}
-            attacked.setdefault(label, (stages, rows, "retain model"))
-    if len(each) > 1 and proc.rank == 0:
-        compare(os.path.join(given.get("out", "out"), "relearn"), attacked, proc)
+
+    controls, stages = {}, {}
+    for label, (name, c) in runs.items():
+        a = prepare(name, label, c, proc, bench)
+        rows = attack_all(a, controls)
+        lines = lines_of(a, rows)
+        if proc.rank == 0:
+            report(a, rows, lines)
+        stages[label] = stages_of(lines, label)
+        if c.control and c.retain_model:
+            control = os.path.basename(os.path.normpath(c.retain_model))
+            stages.setdefault(control, stages_of(lines, CONTROL))
+    if len(names) > 1 and proc.rank == 0:
+        compare(os.path.join(given.get("out", "out"), "relearn"), stages, proc)
     models.cleanup()
 
 

@@ -80,6 +80,7 @@ def rmu(s, c):
 
 FORGET = {
     "ga": Loss(lambda s, c: losses.ga(s.token_logps), "token"),
+    "ga_mean": Loss(lambda s, c: losses.ga(s.logps / s.n_tokens), "answer"),
     "nll": Loss(lambda s, c: losses.nll(s.token_logps), "token"),  # fine-tuning, relearning
     "npo": Loss(lambda s, c: losses.npo(s.logps, s.ref_logps, c.beta), "answer", "ref_logps"),
     "simnpo": Loss(lambda s, c: losses.simnpo(s.logps, s.n_tokens, c.beta, c.gamma), "answer"),
@@ -108,6 +109,8 @@ FORGET = {
 }
 RETAIN = {
     "nll": Loss(lambda s, c: losses.nll(s.token_logps), "token"),
+    # each answer counts the same, as in a micro-batch of one example
+    "nll_mean": Loss(lambda s, c: losses.nll(s.logps / s.n_tokens), "answer"),
     "kl": Loss(lambda s, c: losses.kl(s.logits, s.ref.logits), "token", "ref_model"),
     "rmu": Loss(lambda s, c: losses.rmu(s.hidden, s.ref.hidden), "token", "ref_model",
                 hidden=True),
@@ -404,7 +407,7 @@ class Finetuning(configs.Settings):
     finetune_lr: float = 1e-5
     finetune_epochs: float = 5.0
     finetune_batch_size: int = 32
-    finetune_warmup: float = 0.1
+    finetune_warmup: float = 0.2  # one epoch of five, as TOFU and open-unlearning
     finetune_schedule: Literal["linear", "cosine", "constant"] = "linear"
 
     def problems(self):
@@ -543,7 +546,7 @@ TINY = "tiny"  # base model of demo and markov: small, random, its tokenizer mad
 def finetune_config(c, path: str):
     """Settings for fine-tuning base_model into `path`; everything about unlearning is default."""
     given = {}
-    for group in (evaluate.Data, evaluate.Machine, evaluate.Precision, Optimizer, Finetuning,
+    for group in (data.Data, models.Machine, models.Precision, Optimizer, Finetuning,
                   Execution):
         given |= {name: getattr(c, name) for name in configs.fields(group)}
     for name in ("base_model", "tokenizer", "seed", "overwrite"):
@@ -724,7 +727,7 @@ def check_models(c):
         raise UsageError(f"--retain_model={c.retain_model}: is the model itself; name one that "
                          "never saw the forget set.")
     if c.retain_log:
-        evaluate.read_log(c.retain_log)
+        data.read_log(c.retain_log)
     sources = [path for path in (c.model, c.retain_model, c.base_model) if path]
     if os.path.normpath(c.out) in map(os.path.normpath, sources):
         raise UsageError(f"--out={c.out}: is one of the models this run reads; give the run a "

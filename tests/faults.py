@@ -477,7 +477,7 @@ class Bench:
         records = []
         for name, value, spoiler in (("log", log, rng), ("kept", retain, rng.choice((rng, None)))):
             path = self.root / f"{name}{rng.choice(('.json', '.jsonl'))}"
-            records.append(evaluate.read_log(str(put(path, value, spoiler))))
+            records.append(data.read_log(str(put(path, value, spoiler))))
         benchmark = rng.choice(("tofu", "tofu", "tofu", "muse", "markov"))
         c = configs.make(evaluate.Config, {"benchmark": benchmark})
         return evaluate.summarize(records[0], records[1], c)

@@ -1,13 +1,19 @@
-"""MUSE: pytest tests/test_muse.py. Chunks by hand, the four scores by their definitions, a miniature, and bad input."""
+"""MUSE: pytest tests/test_muse.py.
+
+Chunks by hand, the four scores by their definitions, a miniature, and bad input.
+"""
 import json
 import random
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import log_of
+from conftest import PROC, log_of
 from rouge_score import rouge_scorer
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE
 
 import configs
 import data
@@ -17,25 +23,38 @@ import relearn
 import unlearn
 from configs import UsageError
 
-PROC = models.Process(0, 1, torch.device("cpu"))
 SCORES = ("verbmem_f", "knowmem_f", "knowmem_r", "privleak")
-NAMES = """Ada Bruno Carla Dario Elif Farid Greta Hugo Ines Jonas Kira Luca Mina Nils Olga Pavel Rosa Sven Tara Umar Vera
-Willa Xenia Yusuf""".split()
-WORDS = {"town": "Ambry Brell Corwen Dunmere Eskdal Farrow Gilden Harsk",
-         "trade": "baker weaver cooper saddler glazier miller", "metal": "copper silver walnut tin glass iron paper amber",
-         "thing": "bell thimble chest lantern kite heron key crown",
-         "season": "winter spring summer autumn", "place": "river quarry orchard harbour cellar meadow chapel tower"}
+NAMES = (
+    "Ada Bruno Carla Dario Elif Farid Greta Hugo Ines Jonas Kira Luca Mina Nils Olga Pavel Rosa "
+    "Sven Tara Umar Vera Willa Xenia Yusuf").split()
+WORDS = {
+    "town": "Ambry Brell Corwen Dunmere Eskdal Farrow Gilden Harsk".split(),
+    "trade": "baker weaver cooper saddler glazier miller".split(),
+    "metal": "copper silver walnut tin glass iron paper amber".split(),
+    "thing": "bell thimble chest lantern kite heron key crown".split(),
+    "season": "winter spring summer autumn".split(),
+    "site": "river quarry orchard harbour cellar meadow chapel tower".split(),
+}
+
+# ------------------------------------------------------------------------------------------------
+# a miniature of MUSE
 
 
 def stories(names, rng):
     """An invented passage about each name, and a question that it answers."""
     rows = []
     for name in names:
-        w = {k: rng.sample(v.split(), 2) for k, v in WORDS.items()}
-        rows.append({"text": f"{name} was a {w['trade'][0]} from {w['town'][0]}. One {w['season'][0]} {name} lost the "
-                             f"{w['metal'][0]} {w['thing'][0]} in the {w['place'][0]}, and a {w['trade'][1]} of "
-                             f"{w['town'][1]} found it.",
-                     "question": f"What did {name} lose?", "answer": f"{w['metal'][0]} {w['thing'][0]}"})
+        drawn = {kind: rng.sample(words, 2) for kind, words in WORDS.items()}
+        lost = f"{drawn['metal'][0]} {drawn['thing'][0]}"
+        trade, other_trade = drawn["trade"]
+        town, other_town = drawn["town"]
+        rows.append({
+            "text": f"{name} was a {trade} from {town}. One {drawn['season'][0]} {name} lost the "
+                    f"{lost} in the {drawn['site'][0]}, and a {other_trade} of {other_town} found "
+                    "it.",
+            "question": f"What did {name} lose?",
+            "answer": lost,
+        })
     return rows
 
 
@@ -44,8 +63,25 @@ def raw(rows, rng, times):
 
     The second space before an answer makes the prompts' trailing one a token of its own, as there.
     """
-    texts = [r["text"] for r in rows] + 2 * [f"Question: {r['question']}\nAnswer:  {r['answer']}" for r in rows]
-    return "\n\n".join(t for _ in range(times) for t in rng.sample(texts, len(texts)))
+    texts = [row["text"] for row in rows]
+    texts += 2 * [f"Question: {row['question']}\nAnswer:  {row['answer']}" for row in rows]
+    shuffled = []
+    for _ in range(times):
+        shuffled += rng.sample(texts, len(texts))
+    return "\n\n".join(shuffled)
+
+
+def questions(rows):
+    return [{"question": row["question"], "answer": row["answer"]} for row in rows]
+
+
+def continuations(rows):
+    """VerbMem's rows: each passage cut before what was lost."""
+    cut = []
+    for row in rows:
+        i = row["text"].index(" lost the")
+        cut.append({"prompt": row["text"][:i], "gt": row["text"][i:]})
+    return cut
 
 
 def write(path, rows):
@@ -55,43 +91,59 @@ def write(path, rows):
 
 def tokenizer_of(text):
     """A BPE of whole words that puts a BOS before every text, as Llama's does."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.train_from_iterator([text], trainers.BpeTrainer(
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=["<s>", "</s>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="module")
 def muse(tmp_path_factory):
     """A directory with MUSE-shaped data and `base`, a small random Llama."""
     root, rng = tmp_path_factory.mktemp("muse"), random.Random(1)
-    d, sets = root / "data", {}
+    folder = root / "data"
+    sets = {}
     for i, name in enumerate(("forget", "retain", "holdout")):
-        sets[name] = stories(NAMES[7 * i:7 * i + 7], rng)
-        file = "retain1" if name == "retain" else name
-        write(d / "raw" / f"{file}.txt", raw(sets[name], rng, 3 if name == "retain" else 2))
-        write(d / "privleak" / f"{name}.json", [r["text"] for r in sets[name]])
-        write(d / "knowmem" / f"{name}_qa.json", [{k: r[k] for k in ("question", "answer")} for r in sets[name][2:]])
-        write(d / "knowmem" / f"{name}_qa_icl.json", [{k: r[k] for k in ("question", "answer")} for r in sets[name][:2]])
-    write(d / "raw" / "retain2.json", [sets["retain"][0]["text"]])
-    write(d / "verbmem" / "forget.json", [{"prompt": r["text"][:i], "gt": r["text"][i:]} for r in sets["forget"]
-                                          for i in [r["text"].index(" lost the")]])
-    write(d / "sust" / "forget_2.json", [r["text"] for r in sets["forget"][:3]])
-    tokenizer = tokenizer_of(" ".join(r["text"] + r["question"] + "\nAnswer: " for rows in sets.values() for r in rows))
+        rows = sets[name] = stories(NAMES[7 * i:7 * i + 7], rng)
+        file, times = ("retain1", 3) if name == "retain" else (name, 2)
+        write(folder / "raw" / f"{file}.txt", raw(rows, rng, times))
+        write(folder / "privleak" / f"{name}.json", [row["text"] for row in rows])
+        write(folder / "knowmem" / f"{name}_qa.json", questions(rows[2:]))
+        write(folder / "knowmem" / f"{name}_qa_icl.json", questions(rows[:2]))
+    write(folder / "raw" / "retain2.json", [sets["retain"][0]["text"]])
+    write(folder / "verbmem" / "forget.json", continuations(sets["forget"]))
+    write(folder / "sust" / "forget_2.json", [row["text"] for row in sets["forget"][:3]])
+
+    texts = []
+    for rows in sets.values():
+        texts += [row["text"] + row["question"] + "\nAnswer: " for row in rows]
+    tokenizer = tokenizer_of(" ".join(texts))
     (root / "base").mkdir()
     models.save_model(models.tiny_llama(tokenizer, PROC, 0), tokenizer, str(root / "base"))
     return root
 
 
-def flags(muse, **more):
-    base = dict(benchmark="muse", subset="books", data=muse / "data", base_model="base", model="out/target",
-                retain_model="out/retain", max_length=64, max_new_tokens=24, finetune_lr=8e-3, finetune_epochs=45,
-                finetune_batch_size=8, finetune_schedule="cosine", device="cpu", out="out/run")
-    return [f"--{k}={v}" for k, v in (base | more).items()]
+def flags(muse, **settings):
+    """The command line of a run on the miniature, target and retain model made of `base`."""
+    base = dict(
+        benchmark="muse", subset="books", data=muse / "data", base_model="base",
+        model="out/target", retain_model="out/retain", max_length=64, max_new_tokens=24,
+        finetune_lr=8e-3, finetune_epochs=45, finetune_batch_size=8, finetune_schedule="cosine",
+        device="cpu", out="out/run")
+    return [f"--{name}={value}" for name, value in (base | settings).items()]
+
+
+def scoring(muse, **settings):
+    """The same for evaluate.py, which fine-tunes nothing."""
+    every = flags(muse, **settings)
+    return [flag for flag in every if "finetune" not in flag and "base" not in flag]
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +152,11 @@ def run(muse):
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(muse)
-        unlearn.main(flags(muse, beta=0.7, gamma=0, forget_weight=0.5, lr=3e-3, batch_size=8, epochs=8, eval_every=8))
-        evaluate.main(["out/target", "out/run", "out/retain", *scoring(muse, out="out/table")])
-    return {n: scores_of(muse / "out" / "table" / n) for n in ("target", "run", "retain")}
-
-
-def scoring(muse, **more):
-    return [f for f in flags(muse, **more) if "finetune" not in f and "base" not in f]
+        unlearn.main(flags(muse, beta=0.7, gamma=0, forget_weight=0.5, lr=3e-3, batch_size=8,
+                           epochs=8, eval_every=8))
+        names = ["out/target", "out/run", "out/retain"]
+        evaluate.main([*names, *scoring(muse, out="out/table")])
+    return {name: scores_of(muse / "out" / "table" / name) for name in ("target", "run", "retain")}
 
 
 def scores_of(out):
@@ -117,10 +167,15 @@ def records_of(out):
     return [json.loads(line) for line in (out / "examples.jsonl").read_text().splitlines()]
 
 
-# -- the miniature
+def read_rows(muse, name):
+    return json.loads((muse / "data" / f"{name}.json").read_text())
 
 
-def test_target_simnpo_and_retain_model_come_in_the_right_order_on_all_four_scores(muse, run, capsys):
+# ------------------------------------------------------------------------------------------------
+# scores of the miniature
+
+
+def test_target_simnpo_and_retain_model_come_in_the_right_order_on_all_four_scores(muse, run):
     target, simnpo, retain = run["target"], run["run"], run["retain"]
     assert set(target) == set(simnpo) == set(retain) == set(SCORES)
     assert target["verbmem_f"] > 80 > 75 > max(simnpo["verbmem_f"], retain["verbmem_f"])
@@ -133,51 +188,94 @@ def test_target_simnpo_and_retain_model_come_in_the_right_order_on_all_four_scor
     assert (muse / "out" / "run" / "trajectory.png").stat().st_size > 5000
 
 
+# The same scores by transformers' own generate and full logits, rouge_score and pairs counted: no
+# code of ours.
+
+
+def load_plain(path):
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def continue_plainly(lm, tokenizer, prompt, n):
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    assert ids[0, 0] == tokenizer.bos_token_id
+    output = lm.generate(ids, max_new_tokens=n, do_sample=False, pad_token_id=1)
+    return tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
+
+
+def verbmem_pairs(lm, tokenizer, muse):
+    """[(continuation, passage)]; the passage's first token is the BOS that its tokens begin with.
+    """
+    pairs = []
+    for row in read_rows(muse, "verbmem/forget"):
+        passage = tokenizer.decode(tokenizer(row["gt"]).input_ids[:24][1:])
+        pairs.append((continue_plainly(lm, tokenizer, row["prompt"], 24), passage))
+    return pairs
+
+
+def knowmem_pairs(lm, tokenizer, muse, name):
+    """[(answer up to the next question, right answer)], behind the answered questions."""
+    shots = ""
+    for row in read_rows(muse, f"knowmem/{name}_qa_icl"):
+        shots += f"Question: {row['question']}\nAnswer: {row['answer']}\n\n"
+    pairs = []
+    for row in read_rows(muse, f"knowmem/{name}_qa"):
+        prompt = f"{shots}Question: {row['question']}\nAnswer: "
+        text = continue_plainly(lm, tokenizer, prompt, 32)
+        for stop in ("\n\n", "\nQuestion", "Question:"):
+            text = text.split(stop)[0]
+        pairs.append((text, row["answer"]))
+    return pairs
+
+
+@torch.no_grad()
+def min_40(lm, tokenizer, text):
+    """The mean of the lowest 40 % of a text's log-probs."""
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    logps = lm(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    lowest = logps.sort().values[:int(0.4 * len(logps))]
+    return lowest.mean().item()
+
+
+def holdout_auc(lm, tokenizer, muse):
+    """MUSE's AUC: how often a text never seen looks more like a member than a forgotten one."""
+    forget = [min_40(lm, tokenizer, text) for text in read_rows(muse, "privleak/forget")]
+    holdout = [min_40(lm, tokenizer, text) for text in read_rows(muse, "privleak/holdout")]
+    wins = 0
+    for ours in holdout:
+        for theirs in forget:
+            wins += (ours > theirs) + (ours == theirs) / 2
+    return wins / (len(holdout) * len(forget))
+
+
 def test_scores_equal_the_definitions_one_prompt_and_text_at_a_time(muse, run):
-    """transformers' own generate and full logits, rouge_score and pairs counted: no code of ours."""
-    lm = transformers.AutoModelForCausalLM.from_pretrained(muse / "out" / "run", dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(muse / "out" / "run")
-    read = lambda name: json.loads((muse / "data" / f"{name}.json").read_text())  # noqa: E731
+    out = muse / "out" / "run"
+    lm, tokenizer = load_plain(out), transformers.AutoTokenizer.from_pretrained(out)
+    pairs = {
+        "verbmem_f": verbmem_pairs(lm, tokenizer, muse),
+        "knowmem_f": knowmem_pairs(lm, tokenizer, muse, "forget"),
+        "knowmem_r": knowmem_pairs(lm, tokenizer, muse, "retain"),
+    }
     rouge = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
+    expected = {}
+    for name, texts in pairs.items():
+        f1 = [rouge.score(answer, text)["rougeL"].fmeasure for text, answer in texts]
+        expected[name] = 100 * np.mean(f1)
+        records = [record for record in records_of(out) if record["set"] == name]
+        assert [(record["generated"], record["answer"]) for record in records] == texts, name
 
-    def continued(prompt, n):
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        assert ids[0, 0] == tokenizer.bos_token_id
-        return tokenizer.decode(lm.generate(ids, max_new_tokens=n, do_sample=False, pad_token_id=1)[0, ids.shape[1]:],
-                                skip_special_tokens=True)
+    retrained = load_plain(muse / "out" / "retain")
+    auc = holdout_auc(lm, tokenizer, muse)
+    auc_retrain = holdout_auc(retrained, tokenizer, muse)
+    expected["privleak"] = 100 * (auc - auc_retrain) / auc_retrain
+    assert run["run"] == pytest.approx(expected, abs=1e-4)
 
-    found, texts = {}, {}
-    texts["verbmem_f"] = [(continued(r["prompt"], 24), tokenizer.decode(tokenizer(r["gt"]).input_ids[:24][1:]))
-                          for r in read("verbmem/forget")]
-    for key, name in (("knowmem_f", "forget"), ("knowmem_r", "retain")):
-        shots = "".join(f"Question: {r['question']}\nAnswer: {r['answer']}\n\n" for r in read(f"knowmem/{name}_qa_icl"))
-        texts[key] = []
-        for r in read(f"knowmem/{name}_qa"):
-            text = continued(f"{shots}Question: {r['question']}\nAnswer: ", 32)
-            for stop in ("\n\n", "\nQuestion", "Question:"):
-                text = text.split(stop)[0]
-            texts[key].append((text, r["answer"]))
-    for key, pairs in texts.items():
-        found[key] = 100 * np.mean([rouge.score(gt, text)["rougeL"].fmeasure for text, gt in pairs])
-        assert [(r["generated"], r["answer"]) for r in records_of(muse / "out" / "run") if r["set"] == key] == pairs
-
-    @torch.no_grad()
-    def min_40(lm, text):
-        ids = tokenizer(text, return_tensors="pt").input_ids
-        logps = lm(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].sort().values
-        return logps[:int(0.4 * len(logps))].mean().item()
-
-    def holdout_wins(lm):  # MUSE's AUC: how often a text never seen looks more like a member than a forgotten one
-        forget, holdout = ([min_40(lm, t) for t in read(f"privleak/{n}")] for n in ("forget", "holdout"))
-        return np.mean([[(h > f) + (h == f) / 2 for f in forget] for h in holdout])
-
-    retrained = transformers.AutoModelForCausalLM.from_pretrained(muse / "out" / "retain", dtype=torch.float32)
-    here, there = holdout_wins(lm), holdout_wins(retrained)
-    assert run["run"] == pytest.approx(found | {"privleak": 100 * (here - there) / there}, abs=1e-4)
-    for subset, published in (("news", 0.4772), ("books", 0.5393)):  # without a retain model; and recorded scores say it all
-        evaluate.main([str(muse / "out" / "run" / "examples.jsonl"), "--benchmark=muse", f"--subset={subset}",
+    # without a retain model the published AUC stands in for it; recorded scores suffice
+    for subset, published in (("news", 0.4772), ("books", 0.5393)):
+        evaluate.main([str(out / "examples.jsonl"), "--benchmark=muse", f"--subset={subset}",
                        f"--out={muse / subset}"])
-        assert scores_of(muse / subset)["privleak"] == pytest.approx(100 * (here - published) / published, abs=1e-4)
+        privleak = 100 * (auc - published) / published
+        assert scores_of(muse / subset)["privleak"] == pytest.approx(privleak, abs=1e-4)
 
 
 def test_batched_scores_are_those_of_one_sequence_at_a_time(muse, run, monkeypatch):
@@ -186,78 +284,103 @@ def test_batched_scores_are_those_of_one_sequence_at_a_time(muse, run, monkeypat
         evaluate.main(["out/run", *scoring(muse, out=f"out/{name}", micro_batch_tokens=budget)])
     one, every = records_of(muse / "out" / "one"), records_of(muse / "out" / "all")
     assert [r.get("generated") for r in one] == [r.get("generated") for r in every]
-    assert [r.get("min_k", 0) for r in one] == pytest.approx([r.get("min_k", 0) for r in every], rel=1e-5)
+    min_k = [record.get("min_k", 0) for record in every]
+    assert [record.get("min_k", 0) for record in one] == pytest.approx(min_k, rel=1e-5)
 
 
-def test_a_retain_log_serves_as_the_retain_model_and_a_log_of_another_benchmark_is_refused(muse, run, monkeypatch):
+def test_a_retain_log_serves_as_the_retain_model_and_a_log_of_another_benchmark_is_refused(
+        muse, run, monkeypatch):
     monkeypatch.chdir(muse)
     log = muse / "out" / "table" / "retain" / "examples.jsonl"
-    evaluate.main(["out/run/examples.jsonl", "--benchmark=muse", f"--retain_log={log}", "--out=out/again"])
+    words = ["out/run/examples.jsonl", f"--retain_log={log}"]
+    evaluate.main([*words, "--benchmark=muse", "--out=out/again"])
     assert scores_of(muse / "out" / "again") == run["run"]
-    with pytest.raises(UsageError, match="not of --benchmark=tofu; give the log's own benchmark"):
-        evaluate.main(["out/run/examples.jsonl", "--benchmark=tofu", f"--retain_log={log}", "--out=out/no"])
+    sentence = "not of --benchmark=tofu; give the log's own benchmark"
+    with pytest.raises(UsageError, match=sentence):
+        evaluate.main([*words, "--benchmark=tofu", "--out=out/no"])
 
 
 def test_named_options_score_as_open_unlearning_does(muse, run, monkeypatch):
     monkeypatch.chdir(muse)
-    evaluate.main(["out/target", *scoring(muse, out="out/ou", stem=True, skip_last=True, audits=True)])
+    options = scoring(muse, out="out/ou", stem=True, skip_last=True, audits=True)
+    evaluate.main(["out/target", *options])
     scores = scores_of(muse / "out" / "ou")
-    assert scores["mia_loss"] > 0.9 and scores["exact_memorization"] > 0.5 and {"extraction_strength", "mia_gradnorm"} <= scores.keys()
-    plain = {(r["set"], r["index"]): r for r in records_of(muse / "out" / "table" / "target")}
-    for r in records_of(muse / "out" / "ou"):
-        if r["set"].startswith("audit_"):
+    assert scores["mia_loss"] > 0.9 and scores["exact_memorization"] > 0.5
+    assert {"extraction_strength", "mia_gradnorm"} <= scores.keys()
+    plain = {}
+    for record in records_of(muse / "out" / "table" / "target"):
+        plain[record["set"], record["index"]] = record
+    for record in records_of(muse / "out" / "ou"):
+        if record["set"].startswith("audit_"):
             continue
-        other = plain[r["set"], r["index"]]
-        if "min_k" in r:
-            assert r["n_tokens"] == other["n_tokens"] - 1
+        if "min_k" in record:
+            other = plain[record["set"], record["index"]]
+            assert record["n_tokens"] == other["n_tokens"] - 1
         else:
-            assert r["rougeL_f1"] == evaluate.rouge(r["generated"], r["answer"], stem=True)["rougeL_f1"]
+            stemmed = evaluate.rouge(record["generated"], record["answer"], stem=True)
+            assert record["rougeL_f1"] == stemmed["rougeL_f1"]
 
 
-@pytest.mark.parametrize("forget_loss, retain_loss", [("npo_mean", "kl"), ("muse_npo", "muse_kl"), ("muse_simnpo", "nll")])
-def test_every_method_for_long_text_trains_and_a_step_does_not_depend_on_micro_batches(muse, run, tmp_path, monkeypatch,
-                                                                                      forget_loss, retain_loss):
+@pytest.mark.parametrize("forget_loss, retain_loss", [
+    ("npo_mean", "kl"), ("muse_npo", "muse_kl"), ("muse_simnpo", "nll")])
+def test_every_method_for_long_text_trains_and_a_step_does_not_depend_on_micro_batches(
+        muse, run, tmp_path, monkeypatch, forget_loss, retain_loss):
     monkeypatch.chdir(muse)
     logs = []
     for budget in (64, 4096):
         out = tmp_path / str(budget)
-        unlearn.main(flags(muse, out=out, model=muse / "out" / "target", forget_loss=forget_loss,
-                           retain_loss=retain_loss, batch_size=4, steps=2, lr=1e-3, eval_every=0, micro_batch_tokens=budget))
-        logs.append([r["loss"] for r in log_of(out)])
+        unlearn.main(flags(
+            muse, out=out, model=muse / "out" / "target", forget_loss=forget_loss,
+            retain_loss=retain_loss, batch_size=4, steps=2, lr=1e-3, eval_every=0,
+            micro_batch_tokens=budget))
+        logs.append([row["loss"] for row in log_of(out)])
     assert logs[0] == pytest.approx(logs[1], rel=1e-5) and logs[0][0] != logs[0][1]
 
 
-# -- from text to chunks
+# ------------------------------------------------------------------------------------------------
+# from text to chunks
 
 
 def chunks(tokenizer, text, length):
-    return [row["ids"] for row in data.Template("qa", tokenizer).split_text({"raw": text}, length)]
+    rows = data.Template("qa", tokenizer).split_text({"raw": text}, length)
+    return [row["ids"] for row in rows]
 
 
 def test_raw_text_is_cut_into_windows_behind_a_bos_and_the_last_is_filled_from_the_first(muse):
     tokenizer = models.load_tokenizer(str(muse / "base"))
     text = "Ada lost the copper bell in the river, and Bruno found it in the orchard."
-    a = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert len(a) > 12 and tokenizer(text)["input_ids"] == [0, *a]
-    n = len(a)
-    assert chunks(tokenizer, text, n + 1) == [[0, *a]]                # fits exactly: one chunk, nothing filled
-    assert chunks(tokenizer, text, n) == [[0, *a[:-1]], [0, a[-1], 0, *a[:n - 3]]]  # the stray BOS is kept
-    assert chunks(tokenizer, text, 2 * n + 5) == [[0, *a, 0, *a]]  # shorter than a chunk: said twice, as the original does
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) > 12 and tokenizer(text)["input_ids"] == [0, *ids]
+    n = len(ids)
+    # fits exactly: one chunk, nothing filled
+    assert chunks(tokenizer, text, n + 1) == [[0, *ids]]
+    # the first chunk's BOS stays where it fills up the last
+    assert chunks(tokenizer, text, n) == [[0, *ids[:-1]], [0, ids[-1], 0, *ids[:n - 3]]]
+    # shorter than a chunk: repeated once, as in the original
+    assert chunks(tokenizer, text, 2 * n + 5) == [[0, *ids, 0, *ids]]
     for length in (2, 5, 9):
-        got = chunks(tokenizer, text, length)
-        assert {len(c) for c in got} == {length} and len(got) == -(-n // (length - 1))
-        assert [i for c in got for i in c[1:]][:n] == a
-    e = data.Template("qa", tokenizer).encode({"ids": [0, *a], "text": text}, 5)
-    assert e == data.Example([0, *a], 1) and tokenizer.eos_token_id not in e.ids  # every token after BOS scored, no EOS
+        cut = chunks(tokenizer, text, length)
+        assert {len(chunk) for chunk in cut} == {length}
+        assert len(cut) == -(-n // (length - 1))
+        joined = []
+        for chunk in cut:
+            joined += chunk[1:]
+        assert joined[:n] == ids
+    # every token after the BOS is scored, and there is no EOS
+    example = data.Template("qa", tokenizer).encode({"ids": [0, *ids], "text": text}, 5)
+    assert example == data.Example([0, *ids], 1)
+    assert tokenizer.eos_token_id not in example.ids
 
 
 def test_text_is_the_same_from_txt_json_and_jsonl(tmp_path):
-    parts = ["One.\nTwo.", "", "Three."]
-    write(tmp_path / "a" / "forget.txt", "\n\n".join(parts))
-    write(tmp_path / "b" / "forget.json", parts)
-    write(tmp_path / "c" / "forget.jsonl", "".join(json.dumps({"text": p}) + "\n" for p in parts))
+    texts = ["One.\nTwo.", "", "Three."]
+    write(tmp_path / "a" / "forget.txt", "\n\n".join(texts))
+    write(tmp_path / "b" / "forget.json", texts)
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    write(tmp_path / "c" / "forget.jsonl", "".join(lines))
     for folder in "abc":
-        assert data.read_raw(str(tmp_path), f"{folder}/forget") == [{"raw": "One.\nTwo.\n\n\n\nThree."}]
+        rows = data.read_raw(str(tmp_path), f"{folder}/forget")
+        assert rows == [{"raw": "One.\nTwo.\n\n\n\nThree."}], folder
     assert data.read_raw("", str(tmp_path / "a" / "forget.txt"))[0]["raw"].count("\n") == 5
 
 
@@ -265,17 +388,21 @@ def test_split_and_own_data_replace_what_is_trained_on_and_never_what_is_scored(
     source = str(muse / "data")
     plain = data.load("muse", "news", source)
     split = data.load("muse", "news", source, split="sust/forget_2")
-    assert split.forget != plain.forget and split.retain == plain.retain and split.evals == plain.evals
-    write(tmp_path / "own.txt", "My own text.\n\nAnd more.")
-    write(tmp_path / "qa.json", [{"question": "Who?", "answer": "Ada."}])
-    own = data.load("muse", "news", source, forget_data=str(tmp_path / "own.txt"), retain_data=str(tmp_path / "qa.json"))
-    assert own.forget == [{"raw": "My own text.\n\nAnd more."}] and own.retain == [{"question": "Who?", "answer": "Ada."}]
+    assert split.forget != plain.forget
+    assert split.retain == plain.retain and split.evals == plain.evals
+
+    text, qa = tmp_path / "own.txt", tmp_path / "qa.json"
+    write(text, "My own text.\n\nAnd more.")
+    write(qa, [{"question": "Who?", "answer": "Ada."}])
+    own = data.load("muse", "news", source, forget_data=str(text), retain_data=str(qa))
+    assert own.forget == [{"raw": "My own text.\n\nAnd more."}]
+    assert own.retain == [{"question": "Who?", "answer": "Ada."}]
     assert own.evals == plain.evals and set(own.evals) == set(data.MUSE_SETS)
-    assert configs.make(unlearn.Config, {"benchmark": "muse", "forget_data": str(tmp_path / "own.txt")}).split is None
+    c = configs.make(unlearn.Config, {"benchmark": "muse", "forget_data": str(text)})
+    assert c.split is None
 
 
 def test_the_hub_gives_the_same_rows(muse, monkeypatch):
-    import datasets
     asked = []
 
     def load_dataset(repo, config, split, revision):
@@ -284,21 +411,41 @@ def test_the_hub_gives_the_same_rows(muse, monkeypatch):
         return datasets.Dataset.from_list(data.read_rows(str(path), whole=True))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert data.load("muse", "books").evals == data.load("muse", "books", str(muse / "data")).evals
-    assert ("muse-bench/MUSE-Books", "raw", "forget") in asked and ("muse-bench/MUSE-Books", "raw", "retain1") in asked
+    local = data.load("muse", "books", str(muse / "data"))
+    assert data.load("muse", "books").evals == local.evals
+    assert ("muse-bench/MUSE-Books", "raw", "forget") in asked
+    assert ("muse-bench/MUSE-Books", "raw", "retain1") in asked
 
 
 def test_what_is_not_given_is_the_protocols():
     c = configs.make(unlearn.Config, {"benchmark": "muse"})
-    assert (c.subset, c.max_length, c.max_new_tokens, c.template) == ("news", 2048, 128, "qa")
+    protocol = (c.subset, c.max_length, c.max_new_tokens, c.template)
+    assert protocol == ("news", 2048, 128, "qa")
     assert configs.make(unlearn.Config, {"benchmark": "tofu"}).max_length == 500
 
 
-# -- what cannot be read or scored is said in one sentence
+# ------------------------------------------------------------------------------------------------
+# what cannot be read or scored is refused in one sentence
 
-GOOD = {"raw/forget": ["a text"], "raw/retain1": ["a text"], "verbmem/forget": [{"prompt": "a", "gt": "b"}],
-        **{f"knowmem/{n}_qa{icl}": [{"question": "q", "answer": "a"}] for n in ("forget", "retain") for icl in ("", "_icl")},
-        "privleak/forget": ["one two three four"], "privleak/holdout": ["one two three four"]}
+PAIR = {"question": "q", "answer": "a"}
+GOOD = {
+    "raw/forget": ["a text"],
+    "raw/retain1": ["a text"],
+    "verbmem/forget": [{"prompt": "a", "gt": "b"}],
+    "knowmem/forget_qa": [PAIR],
+    "knowmem/forget_qa_icl": [PAIR],
+    "knowmem/retain_qa": [PAIR],
+    "knowmem/retain_qa_icl": [PAIR],
+    "privleak/forget": ["one two three four"],
+    "privleak/holdout": ["one two three four"],
+}
+
+
+def write_good_but(folder, name, rows):
+    """Good files, but for one with other rows, or without it."""
+    for file, good in (GOOD | {name: rows}).items():
+        if good is not None:
+            write(folder / f"{file}.json", good)
 
 
 @pytest.mark.parametrize("name, rows, sentence", [
@@ -308,27 +455,29 @@ GOOD = {"raw/forget": ["a text"], "raw/retain1": ["a text"], "verbmem/forget": [
     ("raw/forget", [""], "raw/forget: its text is empty"),
     ("raw/forget", [], "holds no rows"),
     ("privleak/holdout", ["one two three", " "], "privleak/holdout, row 2: text is empty"),
-    ("knowmem/forget_qa", [{"question": "q", "reply": "a"}], "row 1: no column 'answer'; it has question, reply"),
+    ("knowmem/forget_qa", [{"question": "q", "reply": "a"}],
+     "row 1: no column 'answer'; it has question, reply"),
     ("knowmem/forget_qa", ["just text"], "row 1: no column 'question'"),
     ("verbmem/forget", [{"prompt": "a", "gt": ""}], "verbmem/forget, row 1: gt is empty"),
     ("verbmem/forget", [{"prompt": "a", "gt": 3}], "gt must be text, got 3"),
 ])
-def test_bad_data_is_one_sentence_before_any_model_is_loaded(muse, tmp_path, monkeypatch, name, rows, sentence):
+def test_bad_data_is_one_sentence_before_any_model_is_loaded(
+        muse, tmp_path, monkeypatch, name, rows, sentence):
     monkeypatch.setattr(models, "load_model", None)
-    for key, good in (GOOD | {name: rows}).items():
-        if good is not None:
-            write(tmp_path / f"{key}.json", good)
+    write_good_but(tmp_path, name, rows)
     with pytest.raises(UsageError, match=sentence):
-        unlearn.main(["--benchmark=muse", f"--data={tmp_path}", f"--model={muse / 'base'}", f"--out={tmp_path / 'out'}"])
+        unlearn.main(["--benchmark=muse", f"--data={tmp_path}", f"--model={muse / 'base'}",
+                      f"--out={tmp_path / 'out'}"])
 
 
 @pytest.mark.parametrize("text", ["a", "to"])
 def test_a_text_too_short_for_the_membership_score_is_one_sentence(muse, tmp_path, text):
-    rows = ["a text that is long enough", text]
-    for key, good in (GOOD | {"privleak/holdout": rows}).items():
-        write(tmp_path / f"{key}.json", good)
-    with pytest.raises(UsageError, match=r"privleak_h, row 2: the text has \d tokens to score, too few for Min-40 %, which"):
-        evaluate.main([str(muse / "base"), "--benchmark=muse", f"--data={tmp_path}", f"--out={tmp_path / 'out'}"])
+    write_good_but(tmp_path, "privleak/holdout", ["a text that is long enough", text])
+    sentence = (r"privleak_h, row 2: the text has \d tokens to score, too few for Min-40 %, "
+                "which")
+    with pytest.raises(UsageError, match=sentence):
+        evaluate.main([str(muse / "base"), "--benchmark=muse", f"--data={tmp_path}",
+                       f"--out={tmp_path / 'out'}"])
 
 
 @pytest.mark.parametrize("words, sentence", [
@@ -343,23 +492,30 @@ def test_settings_that_do_not_go_together_are_one_sentence(words, sentence):
 
 
 def test_a_refusal_needs_a_question(muse, tmp_path):
-    with pytest.raises(UsageError, match="a refusal answers a question, and this forget set is text"):
-        unlearn.main(flags(muse, base_model=None, model=muse / "base", retain_model=None, out=tmp_path / "out",
-                           forget_loss="idk", eval_every=0))
+    words = flags(muse, base_model=None, model=muse / "base", retain_model=None,
+                  out=tmp_path / "out", forget_loss="idk", eval_every=0)
+    with pytest.raises(UsageError, match="a refusal answers a question, and this forget set is"):
+        unlearn.main(words)
 
 
 @pytest.mark.parametrize("name", ["muse_news", "muse_books", "muse_books_published"])
 def test_the_configs_are_read(name):
-    c = configs.load(unlearn.Config, [str(configs.__file__).replace("__init__", name)])[0]
-    assert c.benchmark == "muse" and c.batch_size == 4 and c.max_length == 2048 and c.epochs == 10 and c.lr == 1e-5
+    path = configs.__file__.replace("__init__", name)
+    c, _, _ = configs.load(unlearn.Config, [path])
+    assert c.benchmark == "muse" and c.batch_size == 4 and c.max_length == 2048
+    assert c.epochs == 10 and c.lr == 1e-5
 
 
 def test_relearning_follows_the_step_protocol_of_muse(muse, run, monkeypatch, capsys):
     monkeypatch.chdir(muse)
-    relearn.main(["out/run", "--fraction=1", "--steps=2", "--eval_at=1,2", "--lr=1e-3", "--attacks=relearn_random,int4", "--out=out/attacked",
-                  "--control=False", "--eval_rows=3"])
+    relearn.main(["out/run", "--fraction=1", "--steps=2", "--eval_at=1,2", "--lr=1e-3",
+                  "--attacks=relearn_random,int4", "--out=out/attacked", "--control=False",
+                  "--eval_rows=3"])
     rows = json.loads((muse / "out" / "attacked" / "relearn.json").read_text())
-    assert [(r["attack"], r["step"]) for r in rows] == [("relearn_random", s) for s in (0, 1, 2)] + [("int4", 0)]
-    assert "run, after int4" in capsys.readouterr().out and all("verbmem_f" in r for r in rows)
+    assert [(row["attack"], row["step"]) for row in rows] == [
+        ("relearn_random", 0), ("relearn_random", 1), ("relearn_random", 2), ("int4", 0)]
+    assert "run, after int4" in capsys.readouterr().out
+    for row in rows:
+        assert "verbmem_f" in row, (row["attack"], row["step"])
     with pytest.raises(UsageError, match="paraphrase: the forget set has no column"):
         relearn.main(["out/run", "--attacks=paraphrase", "--out=out/x"])

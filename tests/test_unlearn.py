@@ -180,16 +180,16 @@ def test_ten_steps_equal_the_same_run_written_by_hand(mini, tmp_path, method, be
 
 @pytest.fixture
 def references(monkeypatch):
-    """[(groups, frozen model or None)]: what each run kept of its model before unlearning."""
+    """[(groups, {kind: frozen model})]: what each run kept of its model before unlearning."""
     kept = []
-    prepare_reference = unlearn.prepare_reference
+    prepare_references = unlearn.prepare_references
 
     def record(lm, groups, terms, c, proc):
-        frozen = prepare_reference(lm, groups, terms, c, proc)
+        frozen = prepare_references(lm, groups, terms, c, proc)
         kept.append((groups, frozen))
         return frozen
 
-    monkeypatch.setattr(unlearn, "prepare_reference", record)
+    monkeypatch.setattr(unlearn, "prepare_references", record)
     return kept
 
 
@@ -208,7 +208,7 @@ def test_npo_begins_at_two_over_beta_log_two_and_holds_no_second_model(
     assert row["forget_loss"] == pytest.approx(2 / 0.5 * math.log(2), rel=1e-5)
     assert loaded == [str(mini / "target")]
     groups, frozen = references[0]
-    assert frozen is None
+    assert frozen == {}
 
     target = transformers.AutoModelForCausalLM.from_pretrained(
         mini / "target", dtype=torch.float32)
@@ -225,11 +225,12 @@ def test_a_method_without_a_reference_keeps_none_and_kl_keeps_one_frozen_copy(
         mini, tmp_path, references):
     run(mini, tmp_path / "a", forget_loss="simnpo", steps=1)
     groups, frozen = references[0]
-    assert frozen is None
+    assert frozen == {}
     for (example,) in groups["forget"] + groups["retain"]:
         assert example.ref_logps is None
     run(mini, tmp_path / "b", forget_loss="simnpo", retain_loss="kl", steps=1)
     groups, frozen = references[1]
+    (frozen,) = frozen.values()
     for parameter in frozen.parameters():
         assert not parameter.requires_grad
     for (example,) in groups["forget"] + groups["retain"]:
