@@ -136,6 +136,7 @@ def flags(muse, **settings):
         benchmark="muse", subset="books", data=muse / "data", base_model="base",
         model="out/target", retain_model="out/retain", max_length=64, max_new_tokens=24,
         finetune_lr=8e-3, finetune_epochs=45, finetune_batch_size=8, finetune_schedule="cosine",
+        finetune_warmup=0.1,
         device="cpu", out="out/run")
     return [f"--{name}={value}" for name, value in (base | settings).items()]
 
