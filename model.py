@@ -157,8 +157,21 @@ def place(lm, proc):
     return lm.to(proc.device).eval()
 
 
+NO_TOKENIZER = ("{}: has no tokenizer; give --tokenizer=, the one it was trained with "
+                "(Llama-2 chat: --tokenizer=NousResearch/Llama-2-7b-chat-hf).")
+
+
 def load_tokenizer(name):
-    return from_pretrained(transformers.AutoTokenizer, name)
+    """Without its files transformers raises, or makes a tokenizer of special tokens only (Phi, Qwen, GPT-2, Gemma)."""
+    try:
+        tokenizer = from_pretrained(transformers.AutoTokenizer, name)
+    except Mistake as e:
+        if "instantiate the backend tokenizer" in str(e) or "Can't load tokenizer" in str(e):
+            raise Mistake(NO_TOKENIZER.format(name)) from None
+        raise
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise Mistake(NO_TOKENIZER.format(name))
+    return tokenizer
 
 
 def without_dropout(lm):
