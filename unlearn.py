@@ -136,6 +136,7 @@ class Method:
 PAIR = ("forget", "alternate")
 FORGET = {
     "ga": Method(lambda s, r, c: losses.ga(s.token_logps), "token"),
+    "ga_mean": Method(lambda s, r, c: losses.ga(s.logps / s.n_tokens), "answer"),  # each answer counts the same
     "nll": Method(lambda s, r, c: losses.nll(s.token_logps), "token"),  # fine-tuning, relearning
     "npo": Method(lambda s, r, c: losses.npo(s.logps, r.logps, c.beta), "answer", "logps"),
     "simnpo": Method(lambda s, r, c: losses.simnpo(s.logps, s.n_tokens, c.beta, c.gamma), "answer"),
@@ -160,6 +161,8 @@ FORGET = {
 }
 RETAIN = {
     "nll": Method(lambda s, r, c: losses.nll(s.token_logps), "token", reads=("retain",)),
+    # each answer counts the same, long or short: what a micro-batch of one example makes of a token mean
+    "nll_mean": Method(lambda s, r, c: losses.nll(s.logps / s.n_tokens), "answer", reads=("retain",)),
     "kl": Method(lambda s, r, c: losses.kl(s.logits, r.logits), "token", "model", ("retain",)),
     "rmu": Method(lambda s, r, c: losses.rmu(s.hidden, r.hidden), "token", "model", ("retain",), hidden=True),
     "muse_kl": Method(lambda s, r, c: losses.muse_kl(s.logits, r.logits), "token", "model", ("retain",)),

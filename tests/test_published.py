@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SHARED, flags, needs_shared, run_script
+from conftest import ROOT, SHARED, flags, log_of, needs_shared, run_script
 
 import configs
 import evaluate
@@ -85,3 +85,36 @@ def test_a_hub_that_does_not_answer_is_still_said_to_be_so(mini, tmp_path, hub):
     hub(OSError("We couldn't connect to 'https://huggingface.co' to load the files."))
     with pytest.raises(Mistake, match="check the id, the network"):
         evaluate.main(given(mini, "org/name", out=tmp_path))
+
+
+# -- means over answers
+
+
+def first_step(mini, out, **more):
+    unlearn.main(flags(mini, steps=1, shuffle=False, out=out, **more))
+    return log_of(out)[0]
+
+
+def test_nll_mean_and_ga_mean_are_means_over_answers_of_each_answers_token_mean(mini, tmp_path):
+    evaluate.main(given(mini, mini / "target", out=tmp_path / "scored"))
+    records = [json.loads(line) for line in (tmp_path / "scored" / "examples.jsonl").read_text().splitlines()]
+    forget, retain = ([r for r in records if r["set"] == name][:4] for name in ("forget", "retain"))  # the first window
+    assert len({r["n_tokens"] for r in retain}) > 2
+
+    def by_answer(rows):
+        return sum(r["nll"] for r in rows) / 4
+
+    def by_token(rows):
+        return sum(r["nll"] * r["n_tokens"] for r in rows) / sum(r["n_tokens"] for r in rows)
+    mean = first_step(mini, tmp_path / "a", forget_loss="ga_mean", retain_loss="nll_mean")
+    assert mean["forget_loss"] == pytest.approx(-by_answer(forget), rel=1e-5)
+    assert mean["retain_loss"] == pytest.approx(by_answer(retain), rel=1e-5)
+    plain = first_step(mini, tmp_path / "b", forget_loss="ga", retain_loss="nll")
+    assert plain["retain_loss"] == pytest.approx(by_token(retain), rel=1e-5)
+    assert abs(by_answer(retain) - by_token(retain)) > 0.01  # so the two can be told apart
+
+
+def test_a_mean_over_answers_does_not_depend_on_the_micro_batch(mini, tmp_path):
+    rows = [first_step(mini, tmp_path / str(n), forget_loss="ga_mean", retain_loss="nll_mean", micro_batch_tokens=n)
+            for n in (16, 4096)]
+    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-5)
