@@ -53,7 +53,7 @@ class Config:
     # machine
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     micro_batch_tokens: int = 4096  # padded tokens a process computes at once: memory, never the result
-    dtype: Literal["fp32", "bf16"] = "fp32"  # bf16 = autocast over float32 weights
+    dtype: Literal["fp32", "bf16", "bf16_weights"] = "fp32"  # bf16: autocast; bf16_weights: weights and AdamW too, no autocast
     parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: fsdp = every GPU holds its part of the model, not all of it
     deterministic: bool = False  # CUDA: slower kernels that give the same bits each time (a CPU always does)
     # scoring

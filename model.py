@@ -47,13 +47,18 @@ class Process:
     rank: int
     world: int
     device: torch.device
-    dtype: str = "fp32"  # bf16: matrix products in bfloat16 under autocast, weights stay float32
+    dtype: str = "fp32"  # bf16: matrix products in bfloat16 under autocast, weights stay float32; bf16_weights: all bfloat16
     parallel: str = "ddp"  # what `world` processes share: fsdp = weights, gradients and optimizer state too
 
     @property
     def sharded(self):
         """Every forward then needs all processes: nobody may run one more than the others."""
         return self.parallel == "fsdp" and self.world > 1
+
+    @property
+    def weights(self):
+        """The type of weights, and so of gradients and AdamW's state. A bfloat16 weight w moves by steps of w / 256 or more."""
+        return torch.bfloat16 if self.dtype == "bf16_weights" else torch.float32
 
     def autocast(self):
         on = self.dtype == "bf16"
@@ -136,12 +141,12 @@ def from_pretrained(auto, name, **options):
 
 @configs.phase("loading")
 def load_model(name, proc):
-    """A causal language model in float32, dropout off. Safetensors only; no code of the repository is run."""
+    """A causal language model, dropout off. Safetensors only; no code of the repository is run."""
     configs.check_digests(name)
     turns = int(os.environ["LOCAL_WORLD_SIZE"]) if proc.sharded else 1
     for turn in range(turns):  # one after another: a rank has the whole model in CPU memory while it cuts out its part
         if turns == 1 or turn == int(os.environ["LOCAL_RANK"]):
-            lm = from_pretrained(transformers.AutoModelForCausalLM, name, dtype=torch.float32, use_safetensors=True)
+            lm = from_pretrained(transformers.AutoModelForCausalLM, name, dtype=proc.weights, use_safetensors=True)
             lm = place(without_dropout(lm), proc)
         proc.barrier()
     return lm
@@ -149,6 +154,8 @@ def load_model(name, proc):
 
 def place(lm, proc):
     """On its device; with parallel=fsdp each process keeps its part of every decoder layer, and of the rest."""
+    for p in lm.parameters():  # not lm.to(dtype), which rounds the position embedding's frequencies too
+        p.data = p.data.to(proc.weights)
     if proc.sharded:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if proc.dtype == "bf16" else MixedPrecisionPolicy()
         for module in [*(getattr(lm.get_decoder(), "layers", None) or lm.get_decoder().h), lm]:  # moved one by one
@@ -218,8 +225,9 @@ class LoRA(nn.Module):
     def __init__(self, base, rank):
         super().__init__()
         self.base = base
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device).normal_(std=1 / rank))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        like = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, **like).normal_(std=1 / rank))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
 
     def forward(self, x):
         return self.base(x) + 2 * nn.functional.linear(nn.functional.linear(x, self.A), self.B)
@@ -344,7 +352,7 @@ def speed(lm, proc, examples, seconds):
     tokens, scored = sum(len(e.ids) for e in examples), sum(len(e.ids) - e.start for e in examples)
     said = {"tokens_per_s": tokens / seconds, "memory_gb": memory_gb(proc.device)}
     peak = next((flops for name, flops in PEAK.items() if name in (proc.gpu or "")), None)
-    if not peak or proc.dtype != "bf16":
+    if not peak or proc.dtype == "fp32":
         return said
     head, lookup = lm.get_output_embeddings().weight, lm.get_input_embeddings().weight
     used = {p: tokens for p in lm.parameters() if p.ndim > 1 and p is not lookup} | {head: scored}  # by how many tokens
@@ -357,10 +365,11 @@ def memory_plan(name, c, proc, rows, second):
     rows: its largest micro-batch; second: is a frozen model held too. Activations are what autograd keeps of a forward.
     """
     half, world, kept = c.dtype == "bf16", proc.world if proc.sharded else 1, []
+    weight = proc.weights.itemsize  # bytes of one; as many of its gradient, twice as many of AdamW's state
     ids, places, _, _, more = collate(rows, "cpu")
     config = from_pretrained(transformers.AutoConfig, name)
     with FakeTensorMode(allow_non_fake_inputs=True):  # tensors without storage
-        dtype = torch.bfloat16 if half and proc.sharded else torch.float32
+        dtype = torch.bfloat16 if half and proc.sharded else proc.weights
         lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         adapt(lm, c)
         shapes = {tuple(sorted(p.shape)) for p in lm.parameters()}  # weights and copies of them are counted below
@@ -371,12 +380,13 @@ def memory_plan(name, c, proc, rows, second):
     layers, (vocabulary, width) = config.get_text_config().num_hidden_layers, lm.get_output_embeddings().weight.shape
     activations = sum({s._cdata: s.nbytes() for s in stored}.values())
     if c.activation_checkpointing:  # one layer's, and every layer's input
-        activations = activations / layers + layers * ids.numel() * width * 4
+        activations = activations / layers + layers * ids.numel() * width * weight
     every, trained = (sum(p.numel() for p in lm.parameters() if p.requires_grad >= least) for least in (False, True))
     # autocast copies all weights during a forward; a sharded model gathers embeddings, head and three layers at a time
-    gathered = (4 - 2 * half) * (2 * vocabulary * width + 3 * every // layers) if proc.sharded else 2 * half * every
+    gathered = (2 if half else weight) * (2 * vocabulary * width + 3 * every // layers) if proc.sharded else 2 * half * every
     logits = (3 + 1.5 * second) * 4 * len(places) * vocabulary  # them, their log-probs and gradients, as measured
-    sizes = (4 * every * (1 + second) / world + gathered, 4 * trained / world, 8 * trained / world, activations, logits)
+    weights, gradients = weight * every * (1 + second) / world + gathered, weight * trained / world
+    sizes = (weights, gradients, 2 * gradients, activations, logits)
     return dict(zip(("weights", "gradients", "optimizer", "activations", "logits"), (size / 1e9 for size in sizes)))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, SHARED, flags, log_of, needs_shared, run_script
+from safetensors.torch import load_file
 
 import configs
 import evaluate
@@ -118,3 +119,62 @@ def test_a_mean_over_answers_does_not_depend_on_the_micro_batch(mini, tmp_path):
     rows = [first_step(mini, tmp_path / str(n), forget_loss="ga_mean", retain_loss="nll_mean", micro_batch_tokens=n)
             for n in (16, 4096)]
     assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-5)
+
+
+# -- bfloat16 weights
+
+
+def weights_of(path):
+    return load_file(path / "model.safetensors")
+
+
+def moved(mini, out):
+    """The share of the target's weights, rounded to bfloat16, that a run changed."""
+    before, after = weights_of(mini / "target"), weights_of(out)
+    changed = sum(int((before[k].bfloat16() != after[k].bfloat16()).sum()) for k in before)
+    return changed / sum(v.numel() for v in before.values())
+
+
+def test_bf16_weights_are_trained_and_saved_in_bfloat16_and_a_small_rate_leaves_most_as_they_are(mini, tmp_path):
+    """A bfloat16 weight has 8 bits: a step below 1/512 of it is lost, where a float32 master keeps it."""
+    for dtype in ("fp32", "bf16_weights"):
+        unlearn.main(flags(mini, dtype=dtype, lr=1e-4, steps=20, forget_loss="simnpo", beta=2.5, out=tmp_path / dtype))
+    assert {v.dtype for v in weights_of(tmp_path / "bf16_weights").values()} == {torch.bfloat16}
+    assert {v.dtype for v in weights_of(tmp_path / "fp32").values()} == {torch.float32}
+    assert 0 < moved(mini, tmp_path / "bf16_weights") < 0.5 * moved(mini, tmp_path / "fp32")
+    rows = [log_of(tmp_path / dtype)[0] for dtype in ("fp32", "bf16_weights")]
+    assert rows[0]["forget_loss"] == pytest.approx(rows[1]["forget_loss"], rel=0.05) and rows[0] != rows[1]
+
+
+def test_adamw_keeps_its_state_in_bfloat16_too(mini, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, f=torch.optim.AdamW, **more: made.append(f(*a, **more)) or made[-1])
+    unlearn.main(flags(mini, dtype="bf16_weights", forget_loss="npo", retain_loss="kl", out=tmp_path / "run"))
+    state = [s for optimizer in made for s in optimizer.state.values()]
+    assert state and {s[k].dtype for s in state for k in ("exp_avg", "exp_avg_sq")} == {torch.bfloat16}
+
+
+def test_a_model_saved_in_bfloat16_scores_in_float32_where_that_is_asked(mini, tmp_path):
+    unlearn.main(flags(mini, dtype="bf16_weights", out=tmp_path / "run"))
+    lm = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32)
+    lm.save_pretrained(tmp_path / "single")
+    evaluate.main(given(mini, tmp_path / "single", tokenizer=mini / "target", out=tmp_path / "a"))
+    evaluate.main(given(mini, tmp_path / "run", dtype="fp32", out=tmp_path / "b"))
+    assert (tmp_path / "a" / "scores.json").read_text() == (tmp_path / "b" / "scores.json").read_text()
+
+
+def test_adapters_of_bfloat16_weights_train(mini, tmp_path):
+    unlearn.main(flags(mini, dtype="bf16_weights", lora_rank=2, lr=1e-2, out=tmp_path / "run"))
+    assert moved(mini, tmp_path / "run") > 0
+
+
+def planned(mini, out, capsys, **more):
+    with pytest.raises(SystemExit):
+        unlearn.main(flags(mini, plan=True, out=out, **more))
+    line = capsys.readouterr().out
+    return {k: float(re.search(rf"{k} ([0-9.]+) MB", line)[1]) for k in ("weights", "gradients", "optimizer")}
+
+
+def test_the_plan_of_bf16_weights_is_half_of_float32s(mini, tmp_path, capsys):
+    whole, half = (planned(mini, tmp_path / dtype, capsys, dtype=dtype) for dtype in ("fp32", "bf16_weights"))
+    assert all(half[k] == pytest.approx(whole[k] / 2, abs=0.6) for k in whole)
