@@ -64,7 +64,7 @@ class Config:
     max_new_tokens: int | None = None  # None = the protocol's: TOFU 200, VerbMem 128 (KnowMem is always 32)
     stem: bool = False  # muse: stemmed ROUGE, as open-unlearning has it (TOFU's is always stemmed)
     skip_last: bool = False  # muse: Min-40 % without each text's last token, as open-unlearning has it
-    retain_log: str | None = None  # recorded log of a retain model, instead of retain_model
+    retain_log: str | None = None  # recorded log of a retain model, instead of it: a file, or dataset:org/name[@revision]/path.json
     # run
     out: str | None = None  # the run directory; None = out/<benchmark>_<subset>_<forget_loss>
     overwrite: bool = False  # replace the run that is there
@@ -96,7 +96,9 @@ class Config:
         yield from self.each("micro_batch_tokens eval_rows max_new_tokens", lambda n: n >= 1, "must be at least 1.")
         yield from self.each("max_length", lambda n: n >= 2, "must be at least 2.")
         yield self.audits and self.parallel == "fsdp", "--audits=True: needs whole gradients, so --parallel=ddp."
-        yield from self.each("forget_data retain_data retain_log", os.path.isfile, "no such file.")
+        yield from self.each("forget_data retain_data", os.path.isfile, "no such file.")
+        yield from self.each("retain_log", lambda p: os.path.isfile(p) or p.startswith(data.ON_HUB),
+                             "no such file, and not dataset:org/name/path.json, a file of a dataset on the hub.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

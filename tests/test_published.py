@@ -1,13 +1,16 @@
 """Published set-ups: pytest tests/test_published.py. Released models score, published values stand in the configs. No network."""
 import json
-import os
+import math
+import random
 import re
 import shutil
 
+import huggingface_hub
 import pytest
+import scipy.stats
 import torch
 import transformers
-from conftest import ROOT, SHARED, flags, log_of, needs_shared, run_script
+from conftest import ROOT, SHARED, flags, log_of, needs_shared, rows_of, run_script, save_rows
 from safetensors.torch import load_file
 
 import configs
@@ -178,3 +181,92 @@ def planned(mini, out, capsys, **more):
 def test_the_plan_of_bf16_weights_is_half_of_float32s(mini, tmp_path, capsys):
     whole, half = (planned(mini, tmp_path / dtype, capsys, dtype=dtype) for dtype in ("fp32", "bf16_weights"))
     assert all(half[k] == pytest.approx(whole[k] / 2, abs=0.6) for k in whole)
+
+
+# -- a retain model's log
+
+
+PARTS = ("eval_log_forget.json", "eval_log.json", "eval_real_author_wo_options.json", "eval_real_world_wo_options.json")
+
+
+def authors_log(path, n):
+    """Shaped as the log that SimNPO's authors publish of a retain model: n rows a set, lists in a dict by index."""
+    log, rng = {}, torch.Generator().manual_seed(0)
+    for name in PARTS:
+        nll = torch.rand(3, n, generator=rng).add(0.5).tolist()
+        values = {"avg_gt_loss": nll[0], "avg_paraphrased_loss": nll[1], "num_token_gt": [9] * n, "rougeL_recall": [0.4] * n,
+                  "average_perturb_loss": [[x + 1, x + 2] for x in nll[2]], "generated_text": [["q", "said", "true"]] * n}
+        log[name] = {k: {str(i): v for i, v in enumerate(some)} for k, some in values.items()}
+    path.write_text(json.dumps(log))
+    return path
+
+
+def by_hand(log, records):
+    """p of the two-sample KS test between the log's forget truth ratios and those of a model's records."""
+    part = json.loads(log.read_text())["eval_log_forget.json"]
+    retain = [math.exp(part["avg_paraphrased_loss"][i] - sum(v) / len(v)) for i, v in part["average_perturb_loss"].items()]
+    own = [math.exp(r["paraphrased_nll"] - sum(r["perturbed_nll"]) / len(r["perturbed_nll"]))
+           for r in map(json.loads, records.read_text().splitlines()) if r["set"] == "forget"]
+    return len(retain), len(own), scipy.stats.ks_2samp(own, retain).pvalue
+
+
+def against_log(mini, out, log, **more):
+    """A model scored against a retain log."""
+    words = [w for w in given(mini, mini / "target", out=out, **more) if not w.startswith("--retain_model=")]
+    evaluate.main([*words, f"--retain_log={log}"])
+    return json.loads((out / "scores.json").read_text())
+
+
+def test_forget10_is_scored_against_the_authors_log_of_300_rows(mini, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("retain", "real_authors", "world_facts"):
+        shutil.copy(mini / "data" / f"{name}_perturbed.jsonl", tmp_path / "data")
+    save_rows(tmp_path / "data" / "forget10_perturbed.jsonl", rows_of(310, random.Random(1), 2, True))
+    log = authors_log(tmp_path / "retain90.json", 300)
+    more = {"subset": "forget10", "data": tmp_path / "data", "max_new_tokens": 1}
+    scores = against_log(mini, tmp_path / "a", log, eval_rows=300, **more)
+    n, own, p = by_hand(log, tmp_path / "a" / "examples.jsonl")
+    assert (n, own) == (300, 300) and scores["forget_quality"] == pytest.approx(p, rel=1e-9)
+    with pytest.raises(Mistake, match="--eval_rows=300"):
+        against_log(mini, tmp_path / "b", log, **more)
+
+
+@needs_shared
+def test_a_real_log_of_the_authors_cut_to_300_rows_gives_its_forget_quality(tmp_path):
+    logs = {}
+    for name in ("full", "retain90"):
+        log = json.loads((SHARED / "golden" / "tofu_logs" / f"llama2-7b_{name}.json").read_text())
+        if name == "retain90":
+            log = {file: {k: (dict(list(v.items())[:300]) if isinstance(v, dict) else v[:300]) for k, v in part.items()}
+                   for file, part in log.items() if file in PARTS}
+        logs[name] = tmp_path / f"{name}.json"
+        logs[name].write_text(json.dumps(log))
+    evaluate.main([str(logs["full"]), "--benchmark=tofu", "--subset=forget10", "--eval_rows=300",
+                   f"--retain_log={logs['retain90']}", f"--out={tmp_path / 'out'}"])
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["model_utility"] == pytest.approx(0.622677, abs=1e-6) and 0 < scores["forget_quality"] < 1e-10
+
+
+@pytest.mark.parametrize("location, repo, revision", [
+    ("dataset:org/logs/retain90/TOFU_EVAL.json", "org/logs", None),
+    ("dataset:org/logs@v2/retain90/TOFU_EVAL.json", "org/logs", "v2")])
+def test_a_retain_log_is_read_from_a_dataset_on_the_hub(mini, tmp_path, monkeypatch, location, repo, revision):
+    asked, log = [], authors_log(tmp_path / "log.json", 12)
+
+    def download(repo_id, filename, *, repo_type=None, revision=None):
+        asked.append((repo_id, filename, repo_type, revision))
+        return str(log)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    there = against_log(mini, tmp_path / "a", location)
+    assert set(asked) == {(repo, "retain90/TOFU_EVAL.json", "dataset", revision)}
+    assert there == against_log(mini, tmp_path / "b", log)
+
+
+def test_a_retain_log_that_the_hub_does_not_give_is_one_sentence(mini, tmp_path):
+    with pytest.raises(Mistake) as e:  # no network here
+        against_log(mini, tmp_path / "a", "dataset:org/logs/retain90.json")
+    assert "dataset:org/logs/retain90.json: the hub did not give it" in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(Mistake, match="is written dataset:org/name/path.json"):
+        against_log(mini, tmp_path / "a", "dataset:logs.json")
+    with pytest.raises(Mistake, match="no such file, and not dataset:org/name/path.json"):
+        configs.load(unlearn.Config, ["--retain_log=retain90.json"])
