@@ -220,13 +220,17 @@ def tiny_gpt2(tokenizer, proc, seed, hidden=128, layers=4):
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer plus a trained low-rank one: y = W x + 2 B A x, B = 0 at first. arXiv 2106.09685, alpha = 2 r."""
+    """A frozen linear layer plus a trained low-rank one: y = W x + 2 B A x. arXiv 2106.09685, alpha = 2 r.
+
+    At first B = 0 and A is uniform in +-1/sqrt(width of x), peft's default.
+    """
 
     def __init__(self, base, rank):
         super().__init__()
         self.base = base
         like = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, **like).normal_(std=1 / rank))
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, **like))
+        nn.init.kaiming_uniform_(self.A, a=5 ** 0.5)
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
 
     def forward(self, x):

@@ -270,3 +270,18 @@ def test_a_retain_log_that_the_hub_does_not_give_is_one_sentence(mini, tmp_path)
         against_log(mini, tmp_path / "a", "dataset:logs.json")
     with pytest.raises(Mistake, match="no such file, and not dataset:org/name/path.json"):
         configs.load(unlearn.Config, ["--retain_log=retain90.json"])
+
+
+# -- LoRA
+
+
+def test_an_adapter_begins_as_pefts_does(mini, tmp_path):
+    """A uniform in +-1/sqrt(width), B zero. AdamW's first step makes B lr or -lr, so rank 1 shows |A| in the saved weights."""
+    unlearn.main(flags(mini, lora_rank=1, lr=1e-3, steps=1, weight_decay=0, out=tmp_path / "run"))
+    before, after = (load_file(path / "model.safetensors") for path in (mini / "target", tmp_path / "run"))
+    names = [k for k in before if k.endswith("_proj.weight")]
+    assert names
+    for name in names:
+        delta = (after[name] - before[name]).abs().amax(0) / (2 * 1e-3)  # (in,): |A|
+        bound = before[name].shape[1] ** -0.5
+        assert delta.max() < 1.02 * bound and delta.max() > 0.8 * bound and 0.35 < delta.mean() / bound < 0.65, name
