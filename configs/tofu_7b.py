@@ -1,22 +1,29 @@
 # TOFU forget05 on the SimNPO paper's Llama-2-7B-chat.
 # torchrun --nproc_per_node=8 unlearn.py configs/tofu_7b.py
-# Memory, by --plan=True: 19 GB a GPU on eight (weights, gradients and AdamW state are shared), 125 GB on one H200 alone.
-# Not run by us: no expected score. The paper reports forget quality 0.99 and utility 0.58 (forget05), 0.45 and 0.62 (forget10).
+# forget10: --subset=forget10 --beta=4.5 --retain_weight=0.125
+# Memory, by --plan=True: 16 GB a GPU on eight (weights, gradients and AdamW state are shared), 125 GB on one H200 alone.
+# Not run by us: no expected score. Published ones: configs/results/published.md.
 benchmark = "tofu"
 subset = "forget05"
 template = "llama2"
 model = "OPTML-Group/TOFU-origin-Llama-2-7b-chat"
-# The paper's retain models are not public. Give yours with --retain_model=, or a log of one with --retain_log=.
+tokenizer = "NousResearch/Llama-2-7b-chat-hf"  # the authors' hf_key; the released models hold no tokenizer
+# Forget quality needs a retain model, or its log. The authors' log of theirs, one line to download it:
+#   curl -Lo retain95.json https://raw.githubusercontent.com/OPTML-Group/Unlearn-Simple/main/TOFU/data/retain95_llama_wd0.01/eval_results/ds_size300/eval_log_aggregated.json
+# then --retain_log=retain95.json; forget10: retain90, with --eval_rows=300, for its log has 300 rows a set.
 
-# OPTML-Group/Unlearn-Simple TOFU/README: npo_coeff is the weight of the FORGET term, grad_diff_coeff of retain
+# The released runs have weight 1 on forget and 0.1375 on retain (forget10: 0.125): the paper's eq. 1 and appendix (lambda on
+# retain, 0.05 to 0.25), the model cards, grad_diff_coeff0.125 in the released forget10 config's _name_or_path, and the sweep script.
+# Not proved: npo_coeff, the weight on forget, stands in no path; its default was 1.0 then. No rerun of these weights is published.
+# The authors' README has them the other way round (--forget_weight=0.1375 --retain_weight=1); users' reruns of it under-forget.
 forget_loss = "simnpo"
-retain_loss = "nll"
-beta = 2.5              # forget10: --subset=forget10 --beta=4.5 --forget_weight=0.125
+retain_loss = "nll_mean"  # their micro-batch is one example, so their retain NLL is a mean over answers
+beta = 2.5
 gamma = 0.0
-forget_weight = 0.1375
-retain_weight = 1.0
+forget_weight = 1.0
+retain_weight = 0.1375
 
-# its config/forget.yaml and forget.py
+# OPTML-Group/Unlearn-Simple TOFU: config/forget.yaml and forget.py
 lr = 1e-5
 epochs = 10             # 62 steps for forget05
 batch_size = 32         # 1 x 4 accumulated x 8 GPUs there
@@ -25,8 +32,8 @@ schedule = "linear"
 weight_decay = 0.01
 grad_clip = 0.0         # its DeepSpeed config names no gradient clipping
 seed = 1001
-dtype = "bf16"
-parallel = "fsdp"        # on one GPU nothing is shared
+dtype = "bf16"          # float32 master weights, as DeepSpeed's there
+parallel = "fsdp"       # on one GPU nothing is shared
 activation_checkpointing = True
 max_length = 500        # its scores cut at 200, which no TOFU answer reaches
 eval_every = 2
