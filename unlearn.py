@@ -66,7 +66,7 @@ class Config(evaluate.Config):
     finetune_lr: float = 1e-5
     finetune_epochs: float = 5.0
     finetune_batch_size: int = 32
-    finetune_warmup: float = 0.1
+    finetune_warmup: float = 0.2  # one epoch of five, as TOFU and open-unlearning
     finetune_schedule: Literal["linear", "cosine", "constant"] = "linear"
     # the run
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time

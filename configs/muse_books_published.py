@@ -3,8 +3,8 @@
 #
 # News: --subset=news --model=muse-bench/MUSE-News_target --beta=0.7.
 # NPO's rows: --forget_loss=muse_npo --beta=0.1 --retain_weight=1 with --retain_loss=nll, and --retain_weight=2048, the tokens of a
-# chunk, with --retain_loss=muse_kl. They keep a second model: NPOMEM more a GPU on eight.
-# Memory, by --plan=True: PUBMEM.
+# chunk, with --retain_loss=muse_kl. They keep a second model: 2 GB more a GPU on eight.
+# Memory, by --plan=True: 10 GB a GPU on eight, 56 GB on one.
 # What still differs from the authors' run: whole windows of 4 only, retain partners drawn anew each epoch where theirs is chunk
 # i mod N, no loss at a chunk's last position, which predicts nothing.
 from configs.muse_books import *
