@@ -136,7 +136,6 @@ class Method:
 PAIR = ("forget", "alternate")
 FORGET = {
     "ga": Method(lambda s, r, c: losses.ga(s.token_logps), "token"),
-    "ga_mean": Method(lambda s, r, c: losses.ga(s.logps / s.n_tokens), "answer"),  # each answer counts the same
     "nll": Method(lambda s, r, c: losses.nll(s.token_logps), "token"),  # fine-tuning, relearning
     "npo": Method(lambda s, r, c: losses.npo(s.logps, r.logps, c.beta), "answer", "logps"),
     "simnpo": Method(lambda s, r, c: losses.simnpo(s.logps, s.n_tokens, c.beta, c.gamma), "answer"),
@@ -154,6 +153,7 @@ FORGET = {
     "rmu": Method(lambda s, r, c: losses.rmu(s.hidden, steering(c, s.hidden)), "token", hidden=True),
     "task_vector": Method(lambda s, r, c: losses.nll(s.token_logps), "token",
                           after=lambda lm, c: models.negate(lm, c.model, c.task_vector_scale)),
+    "ga_mean": Method(lambda s, r, c: losses.ga(s.logps / s.n_tokens), "answer"),  # each answer counts the same
     # on MUSE's chunks: NPO divided by length, and what its published numbers were made with
     "npo_mean": Method(lambda s, r, c: losses.npo(s.logps / s.n_tokens, r.logps / s.n_tokens, c.beta), "answer", "logps"),
     "muse_npo": Method(lambda s, r, c: losses.muse_npo(s.logits, r.logits, c.beta), "token", "model"),
