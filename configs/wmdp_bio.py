@@ -2,6 +2,7 @@
 # torchrun --nproc_per_node=8 unlearn.py configs/wmdp_bio.py --forget_data=bio_remove_dataset.jsonl --retain_data=wikitext.jsonl
 # lm_eval --model hf --model_args pretrained=out/wmdp_bio,dtype=bfloat16 --tasks wmdp_bio,mmlu --batch_size 8
 #
+# lm_eval 0.4.13 loads the run directory as it is: tried in miniature, with text rows, a tiny Llama and a local task.
 # Both files hold rows with a column text. The authors' forget set is bio_remove_dataset.jsonl of cais/wmdp-corpora (gated: ask
 # there), their retain set the test split of wikitext-2-raw-v1, the lines of more than 50 characters.
 # Without the two files the run stops: nothing of WMDP comes with this project.
