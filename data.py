@@ -274,18 +274,20 @@ ON_HUB = "dataset:"
 
 
 def from_hub(location):
-    """The local copy of 'dataset:org/name/path.json', a file of a dataset on the hub; 'org/name@revision' names a version."""
+    """The local copy of a file of a dataset on the hub, 'dataset:org/name[@revision]/path.json'."""
     parts = location.removeprefix(ON_HUB).split("/", 2)
     if len(parts) < 3 or not all(parts):
-        raise Mistake(f"{location}: is written dataset:org/name/path.json, or dataset:org/name@revision/path.json.")
+        raise Mistake(f"{location}: is written dataset:org/name/path.json, "
+                      "or dataset:org/name@revision/path.json.")
     repo, _, revision = "/".join(parts[:2]).partition("@")
     from huggingface_hub import hf_hub_download
     try:
         return hf_hub_download(repo, parts[2], repo_type="dataset", revision=revision or None)
     except Exception as e:  # the hub's own, of many kinds
         why = (str(e).strip() or "-").splitlines()[0]
-        raise Mistake(f"{location}: the hub did not give it ({type(e).__name__}: {why}); check the name, the network and "
-                      "HF_HUB_OFFLINE, or download the file and name that.") from None
+        raise Mistake(f"{location}: the hub did not give it ({type(e).__name__}: {why}); check the "
+                      "name, the network and HF_HUB_OFFLINE, or download the file and name that."
+                      ) from None
 
 
 def read_log(path):

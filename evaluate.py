@@ -32,6 +32,9 @@ import model as models
 from configs import Failure, Mistake
 
 
+Dtype = Literal["fp32", "bf16", "bf16_weights"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     # data
@@ -53,7 +56,7 @@ class Config:
     # machine
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     micro_batch_tokens: int = 4096  # padded tokens a process computes at once: memory, never the result
-    dtype: Literal["fp32", "bf16", "bf16_weights"] = "fp32"  # bf16: autocast; bf16_weights: weights and AdamW too, no autocast
+    dtype: Dtype = "fp32"  # bf16: autocast over fp32 weights; bf16_weights: weights and AdamW in bf16
     parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: fsdp = every GPU holds its part of the model, not all of it
     deterministic: bool = False  # CUDA: slower kernels that give the same bits each time (a CPU always does)
     # scoring
@@ -64,7 +67,7 @@ class Config:
     max_new_tokens: int | None = None  # None = the protocol's: TOFU 200, VerbMem 128 (KnowMem is always 32)
     stem: bool = False  # muse: stemmed ROUGE, as open-unlearning has it (TOFU's is always stemmed)
     skip_last: bool = False  # muse: Min-40 % without each text's last token, as open-unlearning has it
-    retain_log: str | None = None  # recorded log of a retain model, instead of it: a file, or dataset:org/name[@revision]/path.json
+    retain_log: str | None = None  # log of a retain model: a file, or dataset:org/name/path.json
     # run
     out: str | None = None  # the run directory; None = out/<benchmark>_<subset>_<forget_loss>
     overwrite: bool = False  # replace the run that is there
@@ -98,7 +101,7 @@ class Config:
         yield self.audits and self.parallel == "fsdp", "--audits=True: needs whole gradients, so --parallel=ddp."
         yield from self.each("forget_data retain_data", os.path.isfile, "no such file.")
         yield from self.each("retain_log", lambda p: os.path.isfile(p) or p.startswith(data.ON_HUB),
-                             "no such file, and not dataset:org/name/path.json, a file of a dataset on the hub.")
+                             "no such file, and not dataset:org/name/path.json, one on the hub.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

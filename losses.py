@@ -52,7 +52,7 @@ def kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """KL(ref || model) = sum_v p_ref (log p_ref - log p): (n, V), (n, V) -> (n,).
 
     Maini et al. 2024 (TOFU), arxiv.org/abs/2401.06121. Departure: TOFU and open-unlearning average over all
-    B x T positions, prompts and padding (TOFU: to T = 500) included, which contribute most of their value. No factor.
+    B x T positions. Prompts and padding (TOFU: to T = 500) contribute most of it: no factor.
     """
     logps, ref_logps = _float(logits).log_softmax(-1), _float(ref_logits).log_softmax(-1)
     return F.kl_div(logps, ref_logps, reduction="none", log_target=True).sum(-1)  # (n,)
@@ -78,9 +78,9 @@ def simnpo(logps: Tensor, n_tokens: Tensor, beta: float, gamma: float) -> Tensor
         -(2 / beta) log sigma(-beta logps / n_tokens - gamma): (B,), (B,) -> (B,)
 
     beta 2.5 to 4.5; gamma >= 0, published on TOFU with 0. gamma is the paper's, outside beta. The original
-    code and open-unlearning (which calls it delta) have it inside: gamma_paper = beta * gamma_code. The paper's
-    lambda weighs the retain loss, 0.05 to 0.25 on TOFU; the README of the original code and open-unlearning put
-    it on this one instead.
+    code and open-unlearning (which calls it delta) have it inside: gamma_paper = beta * gamma_code.
+    The paper's lambda, 0.05 to 0.25 on TOFU, weighs the retain loss. The README of the original
+    code and open-unlearning put it on this loss instead.
     """
     return -2 / beta * F.logsigmoid(-beta * _float(logps) / n_tokens - gamma)
 
@@ -201,8 +201,8 @@ def rmu(hidden: Tensor, steering: Tensor) -> Tensor:
     times a fixed random unit vector (zephyr-7b, layer 7: c = 6.5); on retain, the reference's hidden states
     (weight 1200). Departure: open-unlearning averages each answer's n_b tokens, then the answers, so a token
     weighs n / (B n_b) of ours; and it divides sums [B] by counts [B, 1], which broadcasts to every sum over
-    every count, right only where answers are equally long. Where its pad token is EOS, no token attends to an
-    answer's EOS there. Its clip norm counts the gradients of frozen parameters too.
+    every count, right only where answers are equally long. Where its pad token is EOS, no token
+    attends to an answer's EOS. Its clip norm counts the gradients of frozen parameters too.
     """
     return (_float(hidden) - _float(steering)).square().mean(-1)
 

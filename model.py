@@ -47,7 +47,8 @@ class Process:
     rank: int
     world: int
     device: torch.device
-    dtype: str = "fp32"  # bf16: matrix products in bfloat16 under autocast, weights stay float32; bf16_weights: all bfloat16
+    # bf16: matrix products in bfloat16 under autocast, weights stay float32; bf16_weights: all of it
+    dtype: str = "fp32"
     parallel: str = "ddp"  # what `world` processes share: fsdp = weights, gradients and optimizer state too
 
     @property
@@ -57,7 +58,10 @@ class Process:
 
     @property
     def weights(self):
-        """The type of weights, and so of gradients and AdamW's state. A bfloat16 weight w moves by steps of w / 256 or more."""
+        """The type of weights, and so of gradients and AdamW's state.
+
+        A bfloat16 weight w moves by w / 256 or not at all: smaller steps are lost.
+        """
         return torch.bfloat16 if self.dtype == "bf16_weights" else torch.float32
 
     def autocast(self):
@@ -146,7 +150,8 @@ def load_model(name, proc):
     turns = int(os.environ["LOCAL_WORLD_SIZE"]) if proc.sharded else 1
     for turn in range(turns):  # one after another: a rank has the whole model in CPU memory while it cuts out its part
         if turns == 1 or turn == int(os.environ["LOCAL_RANK"]):
-            lm = from_pretrained(transformers.AutoModelForCausalLM, name, dtype=proc.weights, use_safetensors=True)
+            lm = from_pretrained(transformers.AutoModelForCausalLM, name, dtype=proc.weights,
+                                 use_safetensors=True)
             lm = place(without_dropout(lm), proc)
         proc.barrier()
     return lm
@@ -154,7 +159,7 @@ def load_model(name, proc):
 
 def place(lm, proc):
     """On its device; with parallel=fsdp each process keeps its part of every decoder layer, and of the rest."""
-    for p in lm.parameters():  # not lm.to(dtype), which rounds the position embedding's frequencies too
+    for p in lm.parameters():  # lm.to(dtype) would round the position embedding's frequencies too
         p.data = p.data.to(proc.weights)
     if proc.sharded:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if proc.dtype == "bf16" else MixedPrecisionPolicy()
@@ -169,7 +174,10 @@ NO_TOKENIZER = ("{}: has no tokenizer; give --tokenizer=, the one it was trained
 
 
 def load_tokenizer(name):
-    """Without its files transformers raises, or makes a tokenizer of special tokens only (Phi, Qwen, GPT-2, Gemma)."""
+    """The tokenizer of a model, or a Mistake where it has none.
+
+    transformers then raises, or makes one of special tokens only (Phi, Qwen, GPT-2, Gemma).
+    """
     try:
         tokenizer = from_pretrained(transformers.AutoTokenizer, name)
     except Mistake as e:
@@ -220,9 +228,10 @@ def tiny_gpt2(tokenizer, proc, seed, hidden=128, layers=4):
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer plus a trained low-rank one: y = W x + 2 B A x. arXiv 2106.09685, alpha = 2 r.
+    """A frozen linear layer plus a trained low-rank one: y = W x + 2 B A x.
 
-    At first B = 0 and A is uniform in +-1/sqrt(width of x), peft's default.
+    arXiv 2106.09685 with alpha = 2 r. At first B = 0 and A is uniform in +-1/sqrt(width of x),
+    peft's default.
     """
 
     def __init__(self, base, rank):
@@ -369,7 +378,7 @@ def memory_plan(name, c, proc, rows, second):
     rows: its largest micro-batch; second: is a frozen model held too. Activations are what autograd keeps of a forward.
     """
     half, world, kept = c.dtype == "bf16", proc.world if proc.sharded else 1, []
-    weight = proc.weights.itemsize  # bytes of one; as many of its gradient, twice as many of AdamW's state
+    weight = proc.weights.itemsize  # bytes; its gradient has as many, its AdamW state twice as many
     ids, places, _, _, more = collate(rows, "cpu")
     config = from_pretrained(transformers.AutoConfig, name)
     with FakeTensorMode(allow_non_fake_inputs=True):  # tensors without storage
@@ -387,7 +396,8 @@ def memory_plan(name, c, proc, rows, second):
         activations = activations / layers + layers * ids.numel() * width * weight
     every, trained = (sum(p.numel() for p in lm.parameters() if p.requires_grad >= least) for least in (False, True))
     # autocast copies all weights during a forward; a sharded model gathers embeddings, head and three layers at a time
-    gathered = (2 if half else weight) * (2 * vocabulary * width + 3 * every // layers) if proc.sharded else 2 * half * every
+    at_a_time = 2 * vocabulary * width + 3 * every // layers
+    gathered = (2 if half else weight) * at_a_time if proc.sharded else 2 * half * every
     logits = (3 + 1.5 * second) * 4 * len(places) * vocabulary  # them, their log-probs and gradients, as measured
     weights, gradients = weight * every * (1 + second) / world + gathered, weight * trained / world
     sizes = (weights, gradients, 2 * gradients, activations, logits)

@@ -3,8 +3,8 @@
     python relearn.py out/demo                                   # fine-tune on 20 % of the forget set, score the other 80 %
     python relearn.py out/demo --attacks=relearn_random,relearn_shortest,int8,int4,nf4,fp4,paraphrase --seeds=0,1,2
     python relearn.py out/simnpo_s0 out/npo_s0 out/npo_s1 --attacks=int4,audits   # one table over runs, and over seeds
-    # Unlearn-Smooth's protocol on MUSE Books: three runs, of 50, 75 and 100 steps (News: 100, 125, 150)
-    python relearn.py out/books --steps=50 --eval_at=50 --schedule=cosine --fraction=1 --lr=1e-5 --batch_size=4
+    # Unlearn-Smooth's protocol on MUSE Books: runs of 50, 75 and 100 steps (News: 100, 125, 150)
+    python relearn.py out/books --steps=50 --eval_at=50 --schedule=cosine --fraction=1 --lr=1e-5
     python relearn.py org/model --benchmark=tofu --subset=forget05 --template=llama2 --model=org/target --retain_model=org/retain
 
 The retain model, which never saw any of it, is attacked the same way, once: what it learns is no memory coming back.
@@ -150,7 +150,8 @@ def normal_float_4():
     return (values / values.abs().max()).float()
 
 
-# int8 rounds weights in blocks of 64 and nothing else: it is not LLM.int8, which rounds activations too and keeps outliers
+# int8 here rounds weights in blocks of 64 and nothing else.
+# It is not LLM.int8, which rounds activations too and keeps outliers.
 FP4 = torch.tensor([0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])  # bitsandbytes' 4-bit float: 2 exponent bits, 1 of mantissa
 GRIDS = {"int8": torch.arange(-127, 128) / 127, "int4": torch.arange(-7, 8) / 7, "nf4": normal_float_4(),
          "fp4": torch.cat([-FP4.flip(0), FP4[1:]])}

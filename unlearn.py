@@ -153,7 +153,7 @@ FORGET = {
     "rmu": Method(lambda s, r, c: losses.rmu(s.hidden, steering(c, s.hidden)), "token", hidden=True),
     "task_vector": Method(lambda s, r, c: losses.nll(s.token_logps), "token",
                           after=lambda lm, c: models.negate(lm, c.model, c.task_vector_scale)),
-    "ga_mean": Method(lambda s, r, c: losses.ga(s.logps / s.n_tokens), "answer"),  # each answer counts the same
+    "ga_mean": Method(lambda s, r, c: losses.ga(s.logps / s.n_tokens), "answer"),  # as nll_mean
     # on MUSE's chunks: NPO divided by length, and what its published numbers were made with
     "npo_mean": Method(lambda s, r, c: losses.npo(s.logps / s.n_tokens, r.logps / s.n_tokens, c.beta), "answer", "logps"),
     "muse_npo": Method(lambda s, r, c: losses.muse_npo(s.logits, r.logits, c.beta), "token", "model"),
@@ -161,8 +161,9 @@ FORGET = {
 }
 RETAIN = {
     "nll": Method(lambda s, r, c: losses.nll(s.token_logps), "token", reads=("retain",)),
-    # each answer counts the same, long or short: what a micro-batch of one example makes of a token mean
-    "nll_mean": Method(lambda s, r, c: losses.nll(s.logps / s.n_tokens), "answer", reads=("retain",)),
+    # each answer counts the same, long or short: the token mean of a micro-batch of one example
+    "nll_mean": Method(lambda s, r, c: losses.nll(s.logps / s.n_tokens), "answer",
+                       reads=("retain",)),
     "kl": Method(lambda s, r, c: losses.kl(s.logits, r.logits), "token", "model", ("retain",)),
     "rmu": Method(lambda s, r, c: losses.rmu(s.hidden, r.hidden), "token", "model", ("retain",), hidden=True),
     "muse_kl": Method(lambda s, r, c: losses.muse_kl(s.logits, r.logits), "token", "model", ("retain",)),

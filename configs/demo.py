@@ -11,7 +11,8 @@ out = "out/demo"
 forget_loss = "simnpo"
 retain_loss = "nll"
 beta = 2.5  # the paper's for TOFU forget05
-# both weights are 1: the paper's 0.1375 on retain belongs to a 7B model; configs/results/demo_methods has three ratios
+# Both weights are 1: the paper's 0.1375 on retain belongs to a 7B model.
+# configs/results/demo_methods has three ratios.
 
 lr = 7e-4
 epochs = 10

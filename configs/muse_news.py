@@ -1,10 +1,11 @@
 # MUSE News, SimNPO as the paper defines it, Llama-2-7b.
 # torchrun --nproc_per_node=8 unlearn.py configs/muse_news.py
 #
-# The published values disagree: the model card has retain weight (lambda) 1 and gamma 3, the paper's appendix lambda of at most
-# 0.25 and gamma of at most 2, the authors' README a retain weight of 0.1 and no gamma. Here they are the card's.
-# And all of them were made with a loss on raw logits (configs/muse_books_published.py): for SimNPO on log-probs, which this file
-# runs, no value and no score is published. Try both ends of lambda and gamma.
+# The published values disagree. Model card, as here: retain weight (lambda) 1, gamma 3.
+# Paper, appendix: lambda at most 0.25, gamma at most 2.
+# Authors' README: retain weight 0.1, no gamma.
+# All of them belong to a loss on raw logits (configs/muse_books_published.py).
+# For SimNPO on log-probs, which this file runs, no value and no score is published.
 #
 # Memory, by --plan=True: 18 GB a GPU on eight (weights, gradients and AdamW state are shared), 124 GB on one H200 alone,
 # the same steps and result. While it loads, one process a node at a time holds 27 GB of CPU memory.

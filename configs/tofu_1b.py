@@ -8,9 +8,11 @@ template = "chat"  # system prompt and date as in open-unlearning's configs/mode
 model = "open-unlearning/tofu_Llama-3.2-1B-Instruct_full"
 retain_model = "open-unlearning/tofu_Llama-3.2-1B-Instruct_retain90"  # goes with the subset: 99, 95, 90
 
-# open-unlearning configs/trainer/SimNPO.yaml: beta 4.5, gamma (its name for the forget weight) 0.125, alpha 1, delta 0.
-# It took the ratio of the two weights from the README of SimNPO's authors, whose released runs have the inverse ratio: forget 1,
-# retain 0.125 (configs/tofu_7b.py says how that is known). Its own published SimNPO rows are at the ratio that stands here.
+# open-unlearning configs/trainer/SimNPO.yaml: beta 4.5, gamma 0.125, alpha 1, delta 0.
+# gamma is its name for the forget weight, alpha for the retain weight.
+# The ratio of the two came there from the README of SimNPO's authors.
+# Their released runs have the inverse ratio, forget 1 and retain 0.125: configs/tofu_7b.py.
+# The SimNPO rows of open-unlearning's paper are at the ratio that stands here.
 forget_loss = "simnpo"
 retain_loss = "nll"
 beta = 4.5

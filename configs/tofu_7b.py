@@ -1,23 +1,26 @@
 # TOFU forget05 on the SimNPO paper's Llama-2-7B-chat.
 # torchrun --nproc_per_node=8 unlearn.py configs/tofu_7b.py
 # forget10: --subset=forget10 --beta=4.5 --retain_weight=0.125
-# Memory, by --plan=True: 16 GB a GPU on eight (weights, gradients and AdamW state are shared), 125 GB on one H200 alone.
+# Memory, by --plan=True: 16 GB a GPU on eight, which share weights, gradients and AdamW state.
+# 125 GB on one H200 alone.
 # Not run by us: no expected score. Published ones: configs/results/published.md.
 benchmark = "tofu"
 subset = "forget05"
 template = "llama2"
 model = "OPTML-Group/TOFU-origin-Llama-2-7b-chat"
-tokenizer = "NousResearch/Llama-2-7b-chat-hf"  # the authors' hf_key; the released models hold no tokenizer
-# Forget quality needs a retain model, or its log. The authors' log of theirs, one line to download it:
-#   curl -Lo retain95.json https://raw.githubusercontent.com/OPTML-Group/Unlearn-Simple/main/TOFU/data/retain95_llama_wd0.01/eval_results/ds_size300/eval_log_aggregated.json
-# then --retain_log=retain95.json; forget10: retain90, with --eval_rows=300, for its log has 300 rows a set.
+tokenizer = "NousResearch/Llama-2-7b-chat-hf"  # the authors'; the released models hold none
+# Forget quality needs a retain model, or its log: --retain_log=retain95.json, the authors' own:
+#   from=https://raw.githubusercontent.com/OPTML-Group/Unlearn-Simple/main/TOFU/data
+#   log=retain95_llama_wd0.01/eval_results/ds_size300/eval_log_aggregated.json
+#   curl -Lo retain95.json $from/$log
+# forget10: retain90, and --eval_rows=300, for the log has the first 300 rows of a set.
 
-# The released runs have weight 1 on forget and 0.1375 on retain (forget10: 0.125): the paper's eq. 1 and appendix (lambda on
-# retain, 0.05 to 0.25), the model cards, grad_diff_coeff0.125 in the released forget10 config's _name_or_path, and the sweep script.
-# Not proved: npo_coeff, the weight on forget, stands in no path; its default was 1.0 then. No rerun of these weights is published.
-# The authors' README has them the other way round (--forget_weight=0.1375 --retain_weight=1); users' reruns of it under-forget.
+# The weights are the released runs': the paper's eq. 1 (lambda on retain), the model cards,
+# grad_diff_coeff0.125 in the released forget10 config's _name_or_path, the authors' sweep script.
+# Not proved: npo_coeff, the forget weight, is in no path (default then 1.0); no rerun is published.
+# Their README has --forget_weight=0.1375 --retain_weight=1; users' reruns of it under-forget.
 forget_loss = "simnpo"
-retain_loss = "nll_mean"  # their micro-batch is one example, so their retain NLL is a mean over answers
+retain_loss = "nll_mean"  # micro-batch 1 there, so a mean over answers
 beta = 2.5
 gamma = 0.0
 forget_weight = 1.0
