@@ -56,7 +56,7 @@ class Config:
     # machine
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     micro_batch_tokens: int = 4096  # padded tokens a process computes at once: memory, never the result
-    dtype: Dtype = "fp32"  # bf16: autocast over fp32 weights; bf16_weights: weights and AdamW in bf16
+    dtype: Dtype = "fp32"  # bf16: autocast, fp32 weights; bf16_weights: weights and AdamW in bf16
     parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: fsdp = every GPU holds its part of the model, not all of it
     deterministic: bool = False  # CUDA: slower kernels that give the same bits each time (a CPU always does)
     # scoring

@@ -47,7 +47,7 @@ class Process:
     rank: int
     world: int
     device: torch.device
-    # bf16: matrix products in bfloat16 under autocast, weights stay float32; bf16_weights: all of it
+    # bf16: matrix products in bfloat16 under autocast, weights stay float32; bf16_weights: all
     dtype: str = "fp32"
     parallel: str = "ddp"  # what `world` processes share: fsdp = weights, gradients and optimizer state too
 
