@@ -3,7 +3,8 @@
     python relearn.py out/demo                      # relearn 20 % of the forget set, score the rest
     python relearn.py out/demo --attacks=relearn_random,relearn_shortest,int4,paraphrase
     python relearn.py out/simnpo_s0 out/npo_s0 out/npo_s1 --attacks=int4,audits   # one table
-    python relearn.py out/books --steps=100 --eval_at=50,75,100 --fraction=1      # as MUSE does
+    # Unlearn-Smooth's protocol on MUSE Books: runs of 50, 75 and 100 steps (News: 100, 125, 150)
+    python relearn.py out/books --steps=50 --eval_at=50 --schedule=cosine --fraction=1 --lr=1e-5
     python relearn.py org/model --benchmark=tofu --model=org/target --retain_model=org/retain
 
 The retain model, which never saw the forget set, is attacked in the same way, once: what it learns
@@ -131,6 +132,8 @@ def normal_float_4():
 
 # bitsandbytes' 4-bit float: 2 bits of exponent, 1 of mantissa
 FP4 = torch.tensor([0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])
+# int8 rounds weights in blocks of 64 and nothing else. It is not LLM.int8, which rounds activations
+# too and keeps outliers.
 GRIDS = {
     "int8": torch.arange(-127, 128) / 127,
     "int4": torch.arange(-7, 8) / 7,

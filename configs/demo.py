@@ -1,6 +1,10 @@
-# The demo: 40 fictitious authors, the last 4 forgotten. python unlearn.py
-# 2 CPU cores, no network, one minute of CPU time. Scores of seeds 0 to 5, epoch by epoch: configs/results/demo/seeds.jsonl, from
-#   for s in 0 1 2 3 4 5; do python unlearn.py --seed=$s --model=out/t${s} --retain_model=out/r${s} --out=out/s$s; done
+# The demo: 40 fictitious authors, the last 4 forgotten.
+# python unlearn.py
+# 2 CPU cores, no network, one minute of CPU time.
+# Scores of seeds 0 to 5, epoch by epoch: configs/results/demo/seeds.jsonl, from
+#   for s in 0 1 2 3 4 5; do
+#     python unlearn.py --seed=$s --model=out/t${s} --retain_model=out/r${s} --out=out/s$s
+#   done
 benchmark = "demo"
 template = "qa"
 base_model = "tiny"               # a random Llama of 0.2 M parameters
@@ -10,7 +14,9 @@ out = "out/demo"
 
 forget_loss = "simnpo"
 retain_loss = "nll"
-beta = 2.5  # the paper's for TOFU forget05; its forget weight of 0.1375 belongs to a 7B model
+beta = 2.5  # the paper's for TOFU forget05
+# Both weights are 1: the paper's 0.1375 on retain belongs to a 7B model.
+# configs/results/demo_methods has three ratios.
 
 lr = 7e-4
 epochs = 10

@@ -1,17 +1,25 @@
-# SimNPO's analysis by mixtures of Markov chains (arXiv 2410.07163): what does forgetting cost the chain that is kept?
-# python unlearn.py configs/markov.py     one run, no download; minutes on a CPU core, nearly all of them for the target
+# SimNPO's analysis by mixtures of Markov chains (arXiv 2410.07163): what does forgetting cost the
+# chain that is kept?
+# python unlearn.py configs/markov.py
+# One run, no download; minutes on a CPU core, nearly all of them for the target.
 # Five seeds, both methods, both subsets, their picture, and a table beside the paper's:
-#   for seed in 0 1 2 3 4; do for subset in short unseen; do for method in "npo --beta=1" "simnpo --beta=4"; do
-#     python unlearn.py configs/markov.py --seed=$seed --subset=$subset --forget_loss=$method \
-#       --model=out/markov_${subset}_target_$seed --retain_model=None --out=out/markov_${subset}_${method%% *}_$seed
-#   done; done; done
+#   for seed in 0 1 2 3 4; do
+#     for subset in short unseen; do
+#       for method in "npo --beta=1" "simnpo --beta=4"; do
+#         python unlearn.py configs/markov.py --seed=$seed --subset=$subset --forget_loss=$method \
+#           --model=out/markov_${subset}_target_$seed --retain_model=None \
+#           --out=out/markov_${subset}_${method%% *}_$seed
+#       done
+#     done
+#   done
 #   python configs/results/markov/plot.py out/markov_{short,unseen}_{npo,simnpo}_?
 benchmark = "markov"
-subset = "short"                      # forget2 is 5 states long, all else 20; unseen: all 20, the target never saw forget2
+# short: forget2 is 5 states long, all else 20; unseen: all 20, the target never saw forget2
+subset = "short"
 template = "qa"                       # has no effect: rows are plain text
 base_model = "tiny"                   # a random GPT-2 of 4 layers, 128 wide, one head
-model = "out/markov_short_target"     # of this subset and seed: give another one with another subset or seed
-retain_model = "out/markov_retain"    # trained on the retain chain only; shown beside the run, no score needs it
+model = "out/markov_short_target"     # of this subset and seed: name another one for others
+retain_model = "out/markov_retain"    # trained on the retain chain only; no score needs it
 
 forget_loss = "simnpo"
 retain_loss = "none"

@@ -1,13 +1,21 @@
 # MUSE News, SimNPO as the paper defines it, Llama-2-7b.
 # torchrun --nproc_per_node=8 unlearn.py configs/muse_news.py
 #
-# Memory, by --plan=True: 18 GB a GPU on eight (weights, gradients and AdamW state are shared), 124 GB on one H200 alone,
-# the same steps and result. While it loads, one process a node at a time holds 27 GB of CPU memory.
+# The published values disagree. Model card, as here: retain weight (lambda) 1, gamma 3.
+# Paper, appendix: lambda at most 0.25, gamma at most 2.
+# Authors' README: retain weight 0.1, no gamma.
+# All of them belong to a loss on raw logits (configs/muse_books_published.py).
+# For SimNPO on log-probs, which this file runs, no value and no score is published.
 #
-# Sustainability, request after request, each from the model before (scalability: scal/forget_$i, always from the target):
+# Memory, by --plan=True: 18 GB a GPU on eight, which share weights, gradients and AdamW state;
+# 124 GB on one H200 alone. While it loads, one process per node holds 27 GB of CPU memory.
+#
+# Sustainability, request after request, each from the model before.
+# Scalability: scal/forget_$i, always from the target.
 #   model=muse-bench/MUSE-News_target
 #   for i in 1 2 3 4; do
-#     torchrun --nproc_per_node=8 unlearn.py configs/muse_news.py --split=sust/forget_$i --model=$model --out=out/sust_$i
+#     torchrun --nproc_per_node=8 unlearn.py configs/muse_news.py --split=sust/forget_$i \
+#       --model=$model --out=out/sust_$i
 #     model=out/sust_$i
 #   done
 #   python evaluate.py out/sust_1 out/sust_2 out/sust_3 out/sust_4 --out=out/sust
@@ -30,7 +38,7 @@ schedule = "constant"
 weight_decay = 0.0
 grad_clip = 1.0    # transformers' default
 epochs = 10        # the epoch that the authors report
-batch_size = 4     # a step's 4 forget and 4 retain chunks are one a GPU on eight; 102 steps an epoch
+batch_size = 4     # 4 forget and 4 retain chunks: one per GPU on eight; 102 steps per epoch
 
 dtype = "bf16"
 parallel = "fsdp"   # on one GPU nothing is shared

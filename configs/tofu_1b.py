@@ -1,14 +1,20 @@
 # TOFU forget10 on open-unlearning's Llama-3.2-1B-Instruct models, SimNPO.
-# python unlearn.py configs/tofu_1b.py                      (one GPU of 40 GB: about 34 GB, by --plan=True)
-# torchrun --nproc_per_node=8 unlearn.py configs/tofu_1b.py --subset=forget05 --retain_model=open-unlearning/tofu_Llama-3.2-1B-Instruct_retain95
+# python unlearn.py configs/tofu_1b.py      (one GPU of 40 GB: about 30 GB, by --plan=True)
+# forget05: --subset=forget05 --retain_model=open-unlearning/tofu_Llama-3.2-1B-Instruct_retain95
 # Not run by us yet: no expected score.
 benchmark = "tofu"
 subset = "forget10"
-template = "chat"  # system prompt and date as in open-unlearning's configs/model/Llama-3.2-1B-Instruct.yaml: our defaults
+# system prompt and date: our defaults are its configs/model/Llama-3.2-1B-Instruct.yaml
+template = "chat"
 model = "open-unlearning/tofu_Llama-3.2-1B-Instruct_full"
-retain_model = "open-unlearning/tofu_Llama-3.2-1B-Instruct_retain90"  # goes with the subset: 99, 95, 90
+# goes with the subset: retain99, retain95, retain90
+retain_model = "open-unlearning/tofu_Llama-3.2-1B-Instruct_retain90"
 
-# open-unlearning configs/trainer/SimNPO.yaml: beta 4.5, gamma (its name for the forget weight) 0.125, alpha 1, delta 0
+# open-unlearning configs/trainer/SimNPO.yaml: beta 4.5, gamma 0.125, alpha 1, delta 0.
+# gamma is its name for the forget weight, alpha for the retain weight.
+# The ratio of the two came there from the README of SimNPO's authors.
+# Their released runs have the inverse ratio, forget 1 and retain 0.125: configs/tofu_7b.py.
+# The SimNPO rows of open-unlearning's paper are at the ratio that stands here.
 forget_loss = "simnpo"
 retain_loss = "nll"
 beta = 4.5

@@ -1,6 +1,6 @@
 """losses.py: pytest tests/test_losses.py. No network.
 
-Values by hand, independent definitions, what has to hold for every loss, limits, and values recorded
+Values by hand, independent definitions, what holds for every loss, limits, and values recorded
 of the original implementations. A new loss is one entry in CASES; most tests then include it.
 """
 import ast
@@ -339,7 +339,8 @@ labels = torch.tensor([[-100, -100, 3, 10, -100], [-100, 1, 2, 0, 10]])
 logps, n_tokens = losses.answer_logps(logits, labels)
 ref_logps, _ = losses.answer_logps(ref_logits, labels)
 scored = labels[:, 1:] != -100
-flat, ref_flat, flat_labels = logits[:, :-1][scored], ref_logits[:, :-1][scored], labels[:, 1:][scored]
+flat, ref_flat = logits[:, :-1][scored], ref_logits[:, :-1][scored]
+flat_labels = labels[:, 1:][scored]
 have = dict(
     logits=flat, ref_logits=ref_flat, labels=flat_labels, logps=logps, ref_logps=ref_logps,
     n_tokens=n_tokens, win_logps=logps / 2, ref_win_logps=ref_logps / 2, lose_logps=logps,
@@ -775,8 +776,8 @@ GOLDEN = SHARED / "golden"
 FOUND = (GOLDEN / "losses_base.json").exists()
 RECORDED = json.loads((GOLDEN / "losses_base.json").read_text())["results"] if FOUND else []
 NOT_CHECKED = {  # (peer, loss): why
-    ("simnpo_tofu", "kto_sigmoid"): "reads sigma, not log sigma, of the margin; no loss of ours does",
-    ("open_unlearning", "UNDIAL"): "no value recorded: its label of -100 is out of range for V = 31",
+    ("simnpo_tofu", "kto_sigmoid"): "reads sigma of the margin, not its log; no loss of ours does",
+    ("open_unlearning", "UNDIAL"): "no value recorded: its label of -100 exceeds the range of V = 31",
 }
 
 

@@ -26,12 +26,15 @@ PRODUCT = ["unlearn.py", "losses.py", "data.py", "evaluate.py", "relearn.py", "m
            "configs/__init__.py", "configs/rundir.py"]
 
 
+COMMAND = r"(?:python|nproc_per_node=8) (\w+\.py)([^`|(]*)"
+
+
 def commands():
     """(script, the words after it) of every command that a page shows."""
     for page in PAGES:
         joined = re.sub(r"\\\n\s*", "", page.read_text())
         for line in joined.splitlines():
-            for script, words in re.findall(r"(?:python|nproc_per_node=8) (\w+\.py)([^`|(]*)", line):
+            for script, words in re.findall(COMMAND, line):
                 label = f"{page.name}: {script}{words.strip()[:60]}"
                 yield pytest.param(script, words.split("#")[0], id=label)
 

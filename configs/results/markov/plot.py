@@ -1,8 +1,11 @@
-"""The paper's picture of the Markov chains, and the table at equal retain distance, from runs of configs/markov.py.
+"""The paper's picture of the Markov chains, and the table at equal retain distance, from runs of
+configs/markov.py.
 
-    python configs/results/markov/plot.py out/markov_*_npo_? out/markov_*_simnpo_?   # from run directories; keeps runs.jsonl
-    python configs/results/markov/plot.py                                            # from runs.jsonl, the published runs
+python configs/results/markov/plot.py out/markov_*_npo_? out/markov_*_simnpo_?   # from run
+directories; keeps runs.jsonl python configs/results/markov/plot.py
+# from runs.jsonl, the published runs
 """
+
 import itertools
 import json
 import os
@@ -13,8 +16,25 @@ from matplotlib.figure import Figure
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PAPER = {  # {subset: (retain_kl, what the paper's curves show there)}
-    "short": (0.025, {"npo forget1_kl": 0.34, "npo forget2_kl": 0.12, "simnpo forget1_kl": 0.12, "simnpo forget2_kl": 0.37}),
-    "unseen": (0.053, {"npo forget1_kl": 0.16, "npo forget2_kl": 0.85, "simnpo forget1_kl": 0.25, "simnpo forget2_kl": 0.72})}
+    "short": (
+        0.025,
+        {
+            "npo forget1_kl": 0.34,
+            "npo forget2_kl": 0.12,
+            "simnpo forget1_kl": 0.12,
+            "simnpo forget2_kl": 0.37,
+        },
+    ),
+    "unseen": (
+        0.053,
+        {
+            "npo forget1_kl": 0.16,
+            "npo forget2_kl": 0.85,
+            "simnpo forget1_kl": 0.25,
+            "simnpo forget2_kl": 0.72,
+        },
+    ),
+}
 
 
 def read(name):
@@ -27,22 +47,30 @@ def read(name):
 
 
 def at_distance(rows, x, key):
-    """A score where retain_kl first rises to x, interpolated between two scored steps; nan where it never does."""
+    """A score where retain_kl first rises to x, interpolated between two scored steps; nan where it
+    never does."""
     for a, b in zip(rows, rows[1:]):
         if a["retain_kl"] < x <= b["retain_kl"]:
-            return a[key] + (b[key] - a[key]) * (x - a["retain_kl"]) / (b["retain_kl"] - a["retain_kl"])
+            return a[key] + (b[key] - a[key]) * (x - a["retain_kl"]) / (
+                b["retain_kl"] - a["retain_kl"]
+            )
     return np.nan
 
 
 def draw(path, runs):
-    """Forget against retain distance, a panel a subset; of several seeds the mean and, as a band, the range."""
+    """Forget against retain distance, a panel a subset; of several seeds the mean and, as a band,
+    the range."""
     subsets, methods = (sorted({r[k] for r in runs}) for k in ("subset", "forget_loss"))
     figure = Figure(figsize=(5.5 * len(subsets), 4.5), layout="tight")
     panels = dict(zip(subsets, figure.subplots(1, len(subsets), squeeze=False)[0]))
     x = np.linspace(0, 0.3, 301)
-    print(f"{'subset':<7} {'method':<7} {'score':<11} {'retain_kl':>9} {'mean':>7} {'lowest':>7} {'highest':>7} {'runs':>5} {'paper':>6}")
+    print(
+        f"{'subset':<7} {'method':<7} {'score':<11} {'retain_kl':>9} {'mean':>7} "
+        f"{'lowest':>7} {'highest':>7} {'runs':>5} {'paper':>6}"
+    )
     for subset, method, (key, style, marker) in itertools.product(
-            subsets, methods, (("forget1_kl", "-", "o"), ("forget2_kl", "--", "s"))):
+        subsets, methods, (("forget1_kl", "-", "o"), ("forget2_kl", "--", "s"))
+    ):
         curves = [r["rows"] for r in runs if (r["subset"], r["forget_loss"]) == (subset, method)]
         if not curves:
             continue
@@ -52,11 +80,20 @@ def draw(path, runs):
         axes.plot(x, y.mean(0), style, color=color, label=f"{method} {key[:-3]}")
         axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
         axes.plot(distance, paper, marker, color=color, markeredgecolor="black")
-        there = [v for v in (at_distance(rows, distance, key) for rows in curves) if v == v] or [np.nan]
-        print(f"{subset:<7} {method:<7} {key:<11} {distance:>9} {np.mean(there):>7.3f} {min(there):>7.3f} {max(there):>7.3f} "
-              f"{len(there):>2}/{len(curves)} {paper:>6}")
+        there = [v for v in (at_distance(rows, distance, key) for rows in curves) if v == v] or [
+            np.nan
+        ]
+        print(
+            f"{subset:<7} {method:<7} {key:<11} {distance:>9} {np.mean(there):>7.3f} "
+            f"{min(there):>7.3f} {max(there):>7.3f} "
+            f"{len(there):>2}/{len(curves)} {paper:>6}"
+        )
     for subset, axes in panels.items():
-        axes.set(title=f"{subset} (markers: the paper)", xlabel="retain distance (KL)", ylabel="forget distance (KL)")
+        axes.set(
+            title=f"{subset} (markers: the paper)",
+            xlabel="retain distance (KL)",
+            ylabel="forget distance (KL)",
+        )
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     print(path)
