@@ -222,12 +222,15 @@ def load_model(name: str, proc: Process):
             rundir.check_digests(name)
         # ranks take turns: each has the whole model in CPU memory before it is on its GPU
         turns = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if proc.world > 1 else 1
+        limit = None
         for turn in range(turns):
             if turn == int(os.environ.get("LOCAL_RANK", 0)) or turns == 1:
                 lm = from_pretrained(auto, name, dtype=proc.weight_dtype, use_safetensors=True)
+                if proc.rank == 0:  # before it is sharded: a failed forward would break FSDP
+                    limit = row_limit(lm)
                 lm = place(lm, proc)
             proc.barrier()
-        lm.row_limit = row_limit(lm)
+        lm.row_limit = proc.gather(limit)[0]
     if lm.row_limit == 0:
         proc.say(f"{name}: its attention takes no mask, so micro-batches are one example per "
                  "forward")
@@ -276,9 +279,9 @@ def tiny_llama(tokenizer, proc: Process, seed: int, hidden=64, layers=2, heads=4
         eos_token_id=tokenizer.eos_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        lm = place(transformers.LlamaForCausalLM(config), proc)
+        lm = transformers.LlamaForCausalLM(config)
     lm.row_limit = row_limit(lm)
-    return lm
+    return place(lm, proc)
 
 
 def tiny_gpt2(tokenizer, proc: Process, seed: int, hidden=128, layers=4):
@@ -298,9 +301,8 @@ def tiny_gpt2(tokenizer, proc: Process, seed: int, hidden=128, layers=4):
         lm = transformers.GPT2LMHeadModel(config)
         lm.transformer.wte.reset_parameters()  # standard normal
         lm.transformer.wpe.reset_parameters()
-    lm = place(lm, proc)
     lm.row_limit = row_limit(lm)
-    return lm
+    return place(lm, proc)
 
 
 WHOLE = sharded_state.StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets it
@@ -592,6 +594,7 @@ def row_limit(lm) -> float:
     whose state crosses it, gives other logits. The mask knows no sliding window either, so a row
     may not be longer than that.
     """
+    lm.eval()
     vocabulary = lm.get_input_embeddings().num_embeddings
     ids = [i % vocabulary for i in range(3, 15)]
     examples = [data.Example(ids[:5], 1), data.Example(ids[5:], 1)]
@@ -603,12 +606,13 @@ def row_limit(lm) -> float:
         together = score(lm, [[example] for example in examples], device).logits
     except (ValueError, RuntimeError, TypeError):  # a model that takes no mask or no positions
         return 0
-    # a sharded bf16 model rounds to three digits
+    # bfloat16 weights round to three digits
     tolerance = 1e-3 if alone.dtype == torch.float32 else 0.05 * alone.abs().max()
     if (alone - together).abs().max() > tolerance:
         return 0
     config = lm.config.get_text_config()
-    windows = [getattr(config, name, None) for name in ("sliding_window", "window_size")]
+    names = ("sliding_window", "window_size", "attention_chunk_size")
+    windows = [getattr(config, name, None) for name in names]
     return min([window for window in windows if window], default=math.inf)
 
 

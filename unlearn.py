@@ -149,7 +149,7 @@ def train(c, proc, lm, groups, evaluate=None, run=None, title=None):
     references = prepare_references(lm, groups, terms, c, proc)
     model = wrap_model(lm, terms, c, proc)
     is_ddp = isinstance(model, DistributedDataParallel)
-    max_tokens = min(c.micro_batch_tokens, lm.row_limit)
+    max_tokens = row_budget(c, proc, lm, groups)
     one_kind = proc.sharded and must_take_turns(lm, terms)
 
     # resume: batches depend on (seed, epoch) alone, so those that are done are skipped
@@ -298,6 +298,19 @@ def wrap_model(lm, terms: dict, c, proc):
     return model
 
 
+def row_budget(c, proc, lm, groups: dict) -> float:
+    """The most tokens of a micro-batch's row.
+
+    FSDP's ranks must run equally many forwards: where one pair of answers exceeds the model's limit
+    and takes two, all pairs do.
+    """
+    pairs = [group for some in groups.values() for group in some if len(group) > 1]
+    longest = max(map(data.row_tokens, pairs), default=0)
+    if proc.sharded and longest > lm.row_limit:
+        lm.row_limit = 0
+    return min(c.micro_batch_tokens, lm.row_limit)
+
+
 def must_take_turns(lm, terms: dict) -> bool:
     """Does a forget micro-batch run other forwards than a retain one?
 
@@ -318,8 +331,8 @@ def check_finite(step, forget_loss, retain_loss, grad_norm, batch, groups, c):
         return
     named = []
     for kind in batch:
-        indices = [groups[kind].index(group) for group in batch[kind]]
-        named.append(f"{kind} examples {indices}")
+        position = {id(group): i for i, group in enumerate(groups[kind])}
+        named.append(f"{kind} examples {[position[id(group)] for group in batch[kind]]}")
     raise Failure(
         f"step {step}: forget loss {forget_loss}, retain loss {retain_loss}, gradient norm "
         f"{grad_norm}; {', '.join(named)}. This step was not applied. {c.out}/checkpoint has the "

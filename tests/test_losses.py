@@ -777,7 +777,7 @@ FOUND = (GOLDEN / "losses_base.json").exists()
 RECORDED = json.loads((GOLDEN / "losses_base.json").read_text())["results"] if FOUND else []
 NOT_CHECKED = {  # (peer, loss): why
     ("simnpo_tofu", "kto_sigmoid"): "reads sigma of the margin, not its log; no loss of ours does",
-    ("open_unlearning", "UNDIAL"): "no value recorded: its label of -100 exceeds the range of V = 31",
+    ("open_unlearning", "UNDIAL"): "no value recorded: label -100 is out of range for V = 31",
 }
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import PROC, ROOT, flags, log_of, stopped
+from conftest import PROC, ROOT, flags, log_of, run_script, stopped
 from torch._dynamo.testing import CompileCounter
 
 import configs
@@ -165,6 +165,27 @@ def test_attacks_and_evaluation_of_a_sharded_model_give_the_same_scores(both):
     assert scores == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.parametrize("kind, settings", [
+    ("bloom", {}),  # takes no mask: one example per forward
+    ("mistral", {"sliding_window": 45}),  # some pairs fit into the window, others are two forwards
+])
+def test_a_sharded_model_whose_rows_are_limited_takes_the_same_steps(
+        mini, tmp_path, kind, settings):
+    """FSDP's forwards are collective: a pair must be as many forwards on every rank."""
+    tokenizer = models.load_tokenizer(str(mini / "target"))
+    start = tmp_path / "start"
+    start.mkdir()
+    models.save_model(tiny_of(kind, vocab_size=len(tokenizer), **settings), tokenizer, str(start))
+    run = dict(model=start, forget_loss="dpo", beta=0.2, steps=3, batch_size=3, lr=1e-5)
+    unlearn.main(flags(mini, out=tmp_path / "one", **run))
+    argv = flags(mini, out=tmp_path / "two", parallel="fsdp", **run)
+    done = run_script("unlearn.py", argv, processes=2)
+    if done.returncode and "not supported" in done.stderr and torch.__version__ < "2.8":
+        pytest.skip(f"torch {torch.__version__}: its gloo does not reduce-scatter on a CPU")
+    assert done.returncode == 0, done.stderr
+    assert_same_log(tmp_path / "one", tmp_path / "two")
+
+
 @pytest.mark.parametrize("config, words, sentence", [
     (unlearn.Config, ["--lora_rank=4"],
      "--lora_rank, --compile and --forget_loss=task_vector need --parallel=ddp"),
@@ -213,7 +234,7 @@ def test_a_flat_row_holds_what_answers_begin_with_once():
     assert data.row_tokens(group) == 7
 
 
-def test_prompts_of_different_length_and_equal_answers_are_told_apart_in_a_flat_row():
+def test_prompts_of_different_length_and_equal_answers_keep_their_indices_in_a_flat_row():
     short = data.Example([5, 1, 2, 9], 1)
     long = data.Example([5, 1, 3, 9], 3)  # its prompt begins with the other's first answer token
     twice = [data.Example([6, 7], 1), data.Example([6, 7], 1)]
@@ -313,7 +334,7 @@ def tiny_of(kind, attn_implementation=None, **settings):
 
 
 def tiny_groups():
-    """Groups with shared prompts and shared answers' beginnings, as (ids, start) of 3 to 12."""
+    """9 examples in 4 groups: shared prompts, equal answers, and one that begins another."""
     rng = random.Random(0)
 
     def random_ids(n):
@@ -626,20 +647,20 @@ def test_model_flop_utilisation_counts_what_a_step_cannot_leave_out(tied):
     lm = transformers.LlamaForCausalLM(config)
     gpu = dict(gpu="NVIDIA H100 80GB HBM3", dtype="bf16", world=2, device=torch.device("cpu"))
     layers, head = 2 * (4 * 8 * 8 + 3 * 8 * 16), 8 * 20
-    examples = [data.Example([1] * 6, 5), data.Example([1] * 4, 1)]
+    batch = {"forget": [[data.Example([1] * 6, 5)]], "retain": [[data.Example([1] * 4, 1)]]}
     possible = 1e-9 * 2 * 989e12
 
-    speed = models.speed(lm, SimpleNamespace(**gpu), examples, seconds=1e-9)
+    speed = models.speed(lm, SimpleNamespace(**gpu), batch, seconds=1e-9)
     assert speed["mfu"] == pytest.approx(6 * (10 * layers + 4 * head) / possible)
     assert speed["tokens_per_s"] == 1e10
     lm.model.requires_grad_(False)
     lm.get_output_embeddings().requires_grad_(True)
-    speed = models.speed(lm, SimpleNamespace(**gpu), examples, seconds=1e-9)
+    speed = models.speed(lm, SimpleNamespace(**gpu), batch, seconds=1e-9)
     assert speed["mfu"] == pytest.approx((4 * 10 * layers + 6 * 4 * head) / possible)
     # no peak to compare with, or not that peak
     for other in (dict(gpu=None), dict(gpu="GeForce RTX 4090"), dict(dtype="fp32")):
         proc = SimpleNamespace(**(gpu | other))
-        assert "mfu" not in models.speed(lm, proc, examples, 1e-9), other
+        assert "mfu" not in models.speed(lm, proc, batch, 1e-9), other
 
 
 @pytest.mark.parametrize("retain_loss, budget", [("nll", 64), ("kl", 64), ("nll", 300)])

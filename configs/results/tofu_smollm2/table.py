@@ -158,8 +158,8 @@ def tables(rows):
     groups["retain model"] = [ends[1]]
     if any(r["relearn"] for g in groups.values() for r in g):
         print(
-            "\nAttacks: forget probability before → after, of relearning on the questions that were "
-            "not relearned"
+            "\nAttacks: forget probability before → after, of relearning on the questions that "
+            "were not relearned"
         )
         lines = []
         for method, group in groups.items():
