@@ -101,7 +101,7 @@ def read_rows(path: str, whole: bool = False) -> list[dict]:
     return [{"text": row} if isinstance(row, str) else row for row in rows]
 
 
-def read_text(path: str) -> str:
+def read_text(path):
     try:
         with open(path, encoding="utf-8-sig") as f:  # -sig: drop the byte order mark Windows writes
             return f.read()
@@ -112,7 +112,7 @@ def read_text(path: str) -> str:
         raise UsageError(f"{path}: cannot be read ({e.strerror}).") from None
 
 
-def parse_json(text: str, where: str):
+def parse_json(text, where):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -144,7 +144,7 @@ def check_rows(rows: list, where: str, columns: tuple) -> list[dict]:
     return checked
 
 
-def check_value(value, name: str, where: str):
+def check_value(value, name, where):
     """A column is a text; perturbed_answer is a list of texts, and alternate may be one."""
     is_list = name == "perturbed_answer" or (name == "alternate" and isinstance(value, list))
     texts = value if is_list and isinstance(value, list) else [value]
@@ -281,7 +281,7 @@ def load_muse(source: str) -> dict:
     }
 
 
-def read_filled(source, config, split, columns) -> list[dict]:
+def read_filled(source, config, split, columns):
     """Rows of which no column may be empty."""
     rows = read_config(source, config, columns, split)
     for i, row in enumerate(rows, 1):
@@ -291,7 +291,7 @@ def read_filled(source, config, split, columns) -> list[dict]:
     return rows
 
 
-def read_questions(source: str, split: str) -> list[dict]:
+def read_questions(source, split):
     """KnowMem's rows, each with its prompt: ten answered questions, then its own."""
     examples = ""
     for row in read_filled(source, "knowmem", f"{split}_icl", QA):
@@ -318,11 +318,11 @@ def read_raw(source: str, name: str) -> list[dict]:
     return [{"raw": text}]
 
 
-def hub(benchmark: str, subset: str) -> str:
+def hub(benchmark, subset):
     return HUB.get(benchmark, "").format(subset.title())
 
 
-def load_full(bench: Benchmark, benchmark: str, source: str):
+def load_full(bench, benchmark, source):
     """Add the rows that target and retain model are fine-tuned on, where one has to be made."""
     if benchmark == "muse":
         bench.retain_full = read_raw(source, "raw/retain1") + read_raw(source, "raw/retain2")
@@ -400,17 +400,15 @@ LEAST = {  # the least value of each number of a record
 ON_HUB = "dataset:"
 
 
-def download(location: str) -> str:
+def download(location):
     """The local copy of dataset:org/name[@revision]/path.json, a file of a data set on the hub."""
-    org, name, path = (location.removeprefix(ON_HUB).split("/", 2) + ["", ""])[:3]
-    if not (org and name and path):
+    parts = re.fullmatch("dataset:([^/]+/[^/@]+)(?:@([^/]+))?/(.+)", location)
+    if not parts:
         raise UsageError(f"{location}: is written dataset:org/name/path.json, or "
                          "dataset:org/name@revision/path.json.")
     from huggingface_hub import hf_hub_download
-    name, _, revision = name.partition("@")
     try:
-        return hf_hub_download(
-            f"{org}/{name}", path, repo_type="dataset", revision=revision or None)
+        return hf_hub_download(parts[1], parts[3], repo_type="dataset", revision=parts[2])
     except Exception as e:  # the hub client raises many kinds
         reason = (str(e).strip() or "-").splitlines()[0]
         raise UsageError(
@@ -555,7 +553,7 @@ class Template:
         whole = self.render(turns + [{"role": "assistant", "content": answer}])
         return prompt, whole[len(prompt):] if whole.startswith(prompt) else answer
 
-    def render(self, turns: list, **options) -> str:
+    def render(self, turns, **options):
         """Render a chat. Without date_string Llama-3's template would print today's date."""
         try:
             return self.tokenizer.apply_chat_template(
@@ -662,7 +660,7 @@ def make_batches(groups: dict, batch_size: int, n_steps: int, seed: int, shuffle
     return batches
 
 
-def pair_indices(n_forget, n_retain, n_pairs, seed, shuffle) -> list[tuple[int, int]]:
+def pair_indices(n_forget, n_retain, n_pairs, seed, shuffle):
     """The first n_pairs pairs (forget index, retain index) of an endless stream of epochs.
 
     An epoch is a permutation of the forget set. Its retain partners are drawn without replacement
@@ -710,7 +708,7 @@ def micro_batches(batch: dict, max_tokens: int, rank=0, world=1, one_kind=False)
     return mine
 
 
-def even_budget(sizes: list[list[int]], max_tokens: int, world: int) -> int:
+def even_budget(sizes, max_tokens, world):
     """The smallest budget that needs no more forwards per rank than max_tokens: no rank is idle."""
     def forwards(budget):
         n_cuts = sum(len(cut(kind_sizes, budget)) for kind_sizes in sizes)
@@ -727,7 +725,7 @@ def even_budget(sizes: list[list[int]], max_tokens: int, world: int) -> int:
     return high
 
 
-def cut(sizes: list[int], max_tokens: int) -> list[list[int]]:
+def cut(sizes, max_tokens):
     """Indices of `sizes`, longest first, in lists of at most max_tokens tokens (or one index)."""
     cuts, room = [], 0
     for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
@@ -739,7 +737,7 @@ def cut(sizes: list[int], max_tokens: int) -> list[list[int]]:
     return cuts
 
 
-def shared_prefix(group: list[Example]) -> int:
+def shared_prefix(group):
     """How many tokens all examples of a group begin with: at least their prompt."""
     return len(os.path.commonprefix([example.ids for example in group]))
 
@@ -750,7 +748,7 @@ def row_tokens(group: list[Example]) -> int:
     return shared + sum(len(example.ids) - shared for example in group)
 
 
-def total_tokens(groups: list) -> int:
+def total_tokens(groups):
     return sum(row_tokens(group) for group in groups)
 
 
@@ -787,7 +785,7 @@ def demo() -> Benchmark:
     )
 
 
-def invent_authors(names: list[str], attributes: list[dict], rng) -> list[dict]:
+def invent_authors(names, attributes, rng):
     """One row per author and attribute, with a random value of it."""
     rows = []
     for name, attribute in itertools.product(names, attributes):
@@ -803,7 +801,7 @@ def invent_authors(names: list[str], attributes: list[dict], rng) -> list[dict]:
     return rows
 
 
-def ask_facts(question: str, facts: dict, rng) -> list[dict]:
+def ask_facts(question, facts, rng):
     """One row per fact {subject: answer}; three other subjects' answers are the wrong ones."""
     answers = sorted(set(facts.values()))
     rows = []
@@ -839,7 +837,7 @@ def demo_tokenizer():
 # section 4 and appendix)
 
 
-def transitions(own: tuple) -> list[list[float]]:
+def transitions(own):
     """P(next | state) of the chain that prefers the states `own`: (10, 10), rows sum to one.
 
     From its own states it stays among them with probability 0.8; from any other every state is
@@ -873,7 +871,7 @@ def markov(seed: str, subset: str) -> Benchmark:
     return Benchmark(forget, retain, test, full=retain + seen, retain_full=retain)
 
 
-def sample_chain(name: str, length: int, rng) -> str:
+def sample_chain(name, length, rng):
     """A sequence of states, "3 4 4 5 ..."; it begins as if after a state of the chain's own."""
     cumulative = [list(itertools.accumulate(row)) for row in CHAINS[name]]
     states = [OWN[name][0]]

@@ -35,7 +35,7 @@ from configs import Failure, UsageError, rundir
 # metrics: pure functions of lists, NumPy arrays or CPU tensors; empty input is a ValueError
 
 
-def array(values) -> np.ndarray:
+def array(values):
     values = np.asarray(values, dtype=np.float64)
     if values.size == 0:
         raise ValueError("a metric of no values")
@@ -69,7 +69,7 @@ def model_utility(scores: dict) -> float:
 
 
 @functools.cache
-def make_rouge_scorer(stem: bool):
+def make_rouge_scorer(stem):
     return rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=stem)
 
 
@@ -676,7 +676,7 @@ INHERITED = configs.fields(Config).keys() - {
     "model", "device", *configs.fields(Run), *configs.fields(Progress)}
 
 
-def inherit(keys, names: list, given: dict) -> dict:
+def inherit(keys, names, given):
     """Settings of the first run directory among `names`: it is scored as it was trained.
 
     keys: those that are taken over; what was given wins.
@@ -692,15 +692,15 @@ def inherit(keys, names: list, given: dict) -> dict:
     return {key: first[key] for key in keys if key in first} | given
 
 
-def own_settings(names: list, c, given: dict) -> dict:
+def own_settings(names, c, given):
     """{label: (name, c with this run's own directory, target and retain model)}.
 
     Runs of other seeds may have been made from other models.
     """
-    labels, runs = configs.name_runs(names), {}
+    labels, runs = rundir.name_runs(names), {}
     for name, label in labels.items():
         run = rundir.read_json(os.path.join(name, "run.json"))
-        own = {"out": configs.output_directory(name, labels, given, len(names))}
+        own = {"out": rundir.output_directory(name, labels, given, len(names))}
         for key in ("model", "retain_model"):
             if run.get(key) and key not in given:
                 own[key] = run[key]
@@ -730,16 +730,16 @@ def load(name: str, c, proc) -> tuple:
     return lm, tokenizer
 
 
-def save_scores(out: str, scores: dict, records: list):
+def save_scores(out, scores, records):
     write_records(os.path.join(out, "examples.jsonl"), records)
     rundir.write(os.path.join(out, "scores.json"), json.dumps(scores, indent=1) + "\n")
 
 
-def write_records(path: str, records: list):
+def write_records(path, records):
     rundir.write(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def reference_path(c, name: str, bench) -> str:
+def reference_path(c, name, bench):
     """Where a reference's records are kept; the name is a hash of all that they depend on.
 
     That is the weights, the scored rows, the scoring settings.
@@ -777,7 +777,7 @@ def retain_reference(c, proc, bench) -> list | None:
     return reference(c, proc, c.retain_model, bench) if c.retain_model else None
 
 
-def same(name: str, other: str) -> bool:
+def same(name, other):
     """Are two names one model, or one log?"""
     if os.path.isdir(name) and os.path.isdir(other):
         return models.fingerprint(name) == models.fingerprint(other)
@@ -788,7 +788,7 @@ def same(name: str, other: str) -> bool:
 # the script
 
 
-def trajectory(path: str, curves: dict, points: dict, c):
+def trajectory(path, curves, points, c):
     """Draw forgetting against utility: curves {label: [scores]} and points {label: scores}."""
     x, y = BENCHMARKS[c.benchmark].axes
     if not any(x in scores and y in scores for scores in points.values()):
@@ -802,7 +802,7 @@ def trajectory(path: str, curves: dict, points: dict, c):
     configs.picture(path, curves, shown, x, y)
 
 
-def ask(question: str, names: list, c, proc):
+def ask(question, names, c, proc):
     """Print the models' greedy answers side by side."""
     for name in names:
         lm, tokenizer = load(name, c, proc)
@@ -811,7 +811,7 @@ def ask(question: str, names: list, c, proc):
         proc.say(f"{name}: {answers[0].strip()}")
 
 
-def check_retain_model(names: list, c, given: dict):
+def check_retain_model(names, c, given):
     """Forget quality needs a retain model, and says nothing of one compared with itself."""
     for key in ("retain_model", "retain_log"):
         other = given.get(key)
@@ -825,7 +825,7 @@ def check_retain_model(names: list, c, given: dict):
                          "writes one, examples.jsonl).")
 
 
-def compare(runs: dict, logs: dict, proc, path: str | None):
+def compare(runs, logs, proc, path):
     """Score runs {label: (name, settings)}, each against its own retain model.
 
     Print their table; it goes to <path>.md and .csv too, with its picture <path>.png.

@@ -22,7 +22,6 @@ from typing import Literal
 import torch
 import transformers
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import configs
 import data
@@ -46,13 +45,13 @@ class Loss:
     after(lm, c): done to the trained model before it is scored and saved.
     """
     fn: Callable
-    per: Literal["token", "answer"]
-    needs: Literal["", "ref_logps", "ref_model"] = ""
-    answers: Literal["own", "alternate", "both"] = "own"
+    per: str  # token or answer
+    needs: str = ""  # ref_logps or ref_model
+    answers: str = "own"  # own, alternate or both
     hidden: bool = False
     after: Callable | None = None
 
-    def count(self, groups: list) -> int:
+    def count(self, groups):
         """What a batch's sum is divided by: its answers, or its answer tokens, on all GPUs."""
         if self.per == "answer":
             return len(groups)
@@ -119,7 +118,7 @@ RETAIN = {
 }
 
 
-def loss_terms(c) -> dict:
+def loss_terms(c):
     """{"forget": Loss, "retain": Loss} of a run; no "retain" with --retain_loss=none."""
     terms = {"forget": FORGET[c.forget_loss], "retain": RETAIN[c.retain_loss]}
     return {kind: term for kind, term in terms.items() if term}
@@ -160,7 +159,8 @@ def train(c, proc, lm, groups, evaluate=None, run=None, title=None):
     batches = data.make_batches(groups, c.batch_size, steps, c.seed, c.shuffle)
     score_steps = steps_due(c.eval_every, c.eval_at, steps, steps_per_epoch) if evaluate else ()
     save_steps = steps_due(c.save_every, (), steps, steps_per_epoch) - {steps}
-    bar = progress_bar(title or c.forget_loss, done, steps, proc)
+    todo = range(done + 1, steps + 1)
+    bar = proc.progress(todo, title or c.forget_loss, total=steps, initial=done, leave=True)
 
     for step in bar:
         started = time.perf_counter()
@@ -210,7 +210,7 @@ def train(c, proc, lm, groups, evaluate=None, run=None, title=None):
     return run.rows
 
 
-def n_steps(c, n_forget: int) -> int:
+def n_steps(c, n_forget):
     """Full batches only; a forget set smaller than one batch is an error, not an empty run."""
     steps = c.steps or int(c.epochs * n_forget) // c.batch_size
     if steps == 0:
@@ -220,7 +220,7 @@ def n_steps(c, n_forget: int) -> int:
     return steps
 
 
-def steps_due(every: float, at: tuple, steps: int, steps_per_epoch: float) -> set:
+def steps_due(every, at, steps, steps_per_epoch):
     """The steps after which something is due: `at`, else every so many epochs; and the last."""
     if at:
         return {*at, steps}
@@ -229,14 +229,11 @@ def steps_due(every: float, at: tuple, steps: int, steps_per_epoch: float) -> se
     interval = every * steps_per_epoch  # in steps
     if interval <= 1:
         return set(range(1, steps + 1))
-    due = {steps}
-    for step in range(1, steps):
-        if math.floor(step / interval + 1e-9) > math.floor((step - 1) / interval + 1e-9):
-            due.add(step)
-    return due
+    intervals = [math.floor(step / interval + 1e-9) for step in range(steps + 1)]
+    return {step for step in range(1, steps) if intervals[step] > intervals[step - 1]} | {steps}
 
 
-def make_optimizer(lm, c, steps: int):
+def make_optimizer(lm, c, steps):
     """(AdamW with weight decay on matrices only, its learning-rate schedule)."""
     trained = [p for p in lm.parameters() if p.requires_grad]
     parameter_groups = [
@@ -252,11 +249,11 @@ def make_optimizer(lm, c, steps: int):
     return optimizer, scheduler
 
 
-def warmup_steps(c, steps: int) -> int:
+def warmup_steps(c, steps):
     return math.floor(c.warmup * steps + 1e-9)
 
 
-def prepare_references(lm, groups: dict, terms: dict, c, proc) -> dict:
+def prepare_references(lm, groups, terms, c, proc):
     """Keep what the losses read of the model before unlearning.
 
     Log-probs are computed once and kept with the examples. Only a loss of full logits or hidden
@@ -279,7 +276,7 @@ def prepare_references(lm, groups: dict, terms: dict, c, proc) -> dict:
         return dict.fromkeys(reading, frozen.requires_grad_(False))
 
 
-def wrap_model(lm, terms: dict, c, proc):
+def wrap_model(lm, terms, c, proc):
     """The model as the loop calls it: checkpointed, compiled, and DDP's, where that is set."""
     reads_hidden = any(term.hidden for term in terms.values())
     n_layers = lm.config.get_text_config().num_hidden_layers
@@ -298,7 +295,7 @@ def wrap_model(lm, terms: dict, c, proc):
     return model
 
 
-def row_budget(c, proc, lm, groups: dict) -> float:
+def row_budget(c, proc, lm, groups):
     """The most tokens of a micro-batch's row.
 
     FSDP's ranks must run equally many forwards: where one pair of answers exceeds the model's limit
@@ -311,19 +308,13 @@ def row_budget(c, proc, lm, groups: dict) -> float:
     return min(c.micro_batch_tokens, lm.row_limit)
 
 
-def must_take_turns(lm, terms: dict) -> bool:
+def must_take_turns(lm, terms):
     """Does a forget micro-batch run other forwards than a retain one?
 
     FSDP's forwards are collective: all ranks then compute the same kind at the same time.
     """
     work = {(term.hidden, term.needs == "ref_model", term.answers) for term in terms.values()}
     return len(work) > 1 or lm.row_limit < math.inf
-
-
-def progress_bar(title: str, done: int, steps: int, proc):
-    """The steps to do, with a bar on rank 0 in a terminal."""
-    hidden = True if proc.rank > 0 else None  # None: hidden without a terminal
-    return tqdm(range(done + 1, steps + 1), title, steps, initial=done, disable=hidden)
 
 
 def check_finite(step, forget_loss, retain_loss, grad_norm, batch, groups, c):
@@ -487,7 +478,7 @@ class Config(evaluate.Config, Method, Optimizer, Training, Finetuning, Keeping, 
 # from rows to groups, and to a model that fits
 
 
-def encode_groups(c, tokenizer, proc, **sets) -> dict:
+def encode_groups(c, tokenizer, proc, **sets):
     """{name: [group]} of sets of rows, name = forget or retain.
 
     Rows without an answer to score are counted, reported and left out.
@@ -511,14 +502,14 @@ def encode_groups(c, tokenizer, proc, **sets) -> dict:
     return groups
 
 
-def load_groups(c, proc, name: str, **sets):
+def load_groups(c, proc, name, **sets):
     """(tokenizer, groups) of a run that starts from the model `name`."""
     tokenizer = models.load_tokenizer(c.tokenizer or name)
     data.check_tokenizer(tokenizer, c.tokenizer or name, c.template)
     return tokenizer, encode_groups(c, tokenizer, proc, **sets)
 
 
-def check_memory(c, proc, name: str, groups: dict):
+def check_memory(c, proc, name, groups):
     """Say what memory a step takes, before a weight is loaded; --plan=True ends here."""
     terms = loss_terms(c)
     groups = {kind: groups[kind] for kind in terms}
@@ -546,7 +537,7 @@ def check_memory(c, proc, name: str, groups: dict):
         raise SystemExit(0)
 
 
-def memory(gb: float) -> str:
+def memory(gb):
     return f"{gb:.1f} GB" if gb >= 1 else f"{1000 * gb:.0f} MB"
 
 
@@ -556,14 +547,12 @@ def memory(gb: float) -> str:
 TINY = "tiny"  # base model of demo and markov: small, random, its tokenizer made for its text
 
 
-def finetune_config(c, path: str):
+def finetune_config(c, path):
     """Settings for fine-tuning base_model into `path`; everything about unlearning is default."""
-    given = {}
-    for group in (data.Data, models.Machine, models.Precision, Optimizer, Finetuning,
-                  Execution):
-        given |= {name: getattr(c, name) for name in configs.fields(group)}
-    for name in ("base_model", "tokenizer", "seed", "overwrite"):
-        given[name] = getattr(c, name)
+    names = ["base_model", "tokenizer", "seed", "overwrite"]
+    for group in (data.Data, models.Machine, models.Precision, Optimizer, Finetuning, Execution):
+        names += configs.fields(group)
+    given = {name: getattr(c, name) for name in names}
     for name in configs.fields(Finetuning):
         given[name.removeprefix("finetune_")] = getattr(c, name)
     given |= {"out": path, "forget_loss": "nll", "retain_loss": "none", "eval_every": 0.0}
@@ -573,7 +562,7 @@ def finetune_config(c, path: str):
     return configs.make(Config, given)
 
 
-def finetune(c, proc, rows: list, title: str):
+def finetune(c, proc, rows, title):
     """Fine-tune base_model on rows, as a run of its own."""
     run = rundir.RunDirectory(c, proc)
     if run.claim():
@@ -612,7 +601,7 @@ def finetune_missing(c, proc, bench):
         finetune(recipe, proc, getattr(bench, rows), os.path.basename(path))
 
 
-def check_recipe(setting: str, path: str, recipe):
+def check_recipe(setting, path, recipe):
     """Refuse a fine-tuned model that was made with other settings."""
     existing = rundir.read_json(os.path.join(path, "run.json"))
     names = ["benchmark", "base_model", "template", "data"]
@@ -629,7 +618,7 @@ def check_recipe(setting: str, path: str, recipe):
                          "another path to make one anew, or --base_model=None to take it as it is.")
 
 
-def to_be_made(c, path: str) -> bool:
+def to_be_made(c, path):
     """Is `path` a model to make from base_model: below out/, and missing or unfinished?"""
     below_out = not os.path.isabs(path) and os.path.normpath(path).startswith("out" + os.sep)
     finished = rundir.read_json(os.path.join(path, "run.json")).get("finished", True)
@@ -660,7 +649,7 @@ class Trajectory:
             self.target = evaluate.reference(self.c, self.proc, self.c.model, self.bench, loaded)
         return evaluate.summarize(self.target, self.retain, self.c)
 
-    def __call__(self, step: int, epoch: float) -> dict:
+    def __call__(self, step, epoch):
         if step == 0:
             scores = self.target_scores(loaded=(self.lm, self.tokenizer))
         else:
@@ -675,7 +664,7 @@ class Trajectory:
         self.proc.say(f"epoch {epoch:g}: {', '.join(shown)}")
         return scores
 
-    def report(self, rows: list):
+    def report(self, rows):
         """Write scores.json, examples.jsonl, trajectory.png and the final table."""
         c = self.c
         target = self.target_scores()  # by all ranks
@@ -696,7 +685,7 @@ class Trajectory:
                       "trajectory.png")
 
 
-def unlearn(c, proc, run, bench, start: str):
+def unlearn(c, proc, run, bench, start):
     """One run, from the target to a scored and saved model."""
     tokenizer, groups = load_groups(c, proc, start, forget=bench.forget, retain=bench.retain)
     steps = n_steps(c, len(groups["forget"]))

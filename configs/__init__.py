@@ -288,20 +288,7 @@ def show_help(cls, usage):
 
 
 # ------------------------------------------------------------------------------------------------
-# names of models and runs
-
-
-def name_runs(names):
-    """{name: a short label}: its last part, or the whole path where two names share that."""
-    labels = {}
-    for name in names:
-        last = os.path.basename(os.path.normpath(name))
-        labels[name] = last.removesuffix(".json").removesuffix(".jsonl")
-    taken = list(labels.values())
-    for name, label in labels.items():
-        if taken.count(label) > 1:
-            labels[name] = name.strip("/").replace("/", "_")
-    return labels
+# names of models
 
 
 def split_revision(name):
@@ -316,28 +303,12 @@ def check_name(name, setting):
     """Refuse what cannot be a model, before anything is loaded."""
     problem = ""
     if os.path.isdir(name):
-        if not holds(name, "config.json"):
+        if not os.path.isfile(os.path.join(name, "config.json")):
             problem = "holds no config.json"
     elif name.count("/") != 1 or name.startswith((".", "/", "~", "out/")):
         problem = "no such directory, and not a hub id (org/name)"
     if problem:
         raise UsageError(f"--{setting}={name}: {problem}.")
-
-
-def holds(directory, file):
-    return os.path.isfile(os.path.join(directory, file))
-
-
-def output_directory(name, labels, given, n_models):
-    """Where a model's scores go: into its own run directory, else out/<label>; or below --out."""
-    if given.get("out"):
-        out = os.path.join(given["out"], labels[name]) if n_models > 1 else given["out"]
-    else:
-        out = os.path.normpath(name) if holds(name, "run.json") else f"out/{labels[name]}"
-    if holds(out, "run.json") and os.path.realpath(out) != os.path.realpath(name):
-        raise UsageError(f"{name}: its scores would go to {out}, which holds a run; give "
-                         "--out=DIR.")
-    return out
 
 
 # ------------------------------------------------------------------------------------------------

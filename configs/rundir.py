@@ -354,6 +354,39 @@ def digests(out):
 
 
 # ------------------------------------------------------------------------------------------------
+# names of runs, and where their scores go
+
+
+def name_runs(names):
+    """{name: a short label}: its last part, or the whole path where two names share that."""
+    labels = {}
+    for name in names:
+        last = os.path.basename(os.path.normpath(name))
+        labels[name] = last.removesuffix(".json").removesuffix(".jsonl")
+    taken = list(labels.values())
+    for name, label in labels.items():
+        if taken.count(label) > 1:
+            labels[name] = name.strip("/").replace("/", "_")
+    return labels
+
+
+def output_directory(name, labels, given, n_models):
+    """Where a model's scores go: into its own run directory, else out/<label>; or below --out."""
+    if given.get("out"):
+        out = os.path.join(given["out"], labels[name]) if n_models > 1 else given["out"]
+    else:
+        out = os.path.normpath(name) if holds(name, "run.json") else f"out/{labels[name]}"
+    if holds(out, "run.json") and os.path.realpath(out) != os.path.realpath(name):
+        raise UsageError(f"{name}: its scores would go to {out}, which holds a run; give "
+                         "--out=DIR.")
+    return out
+
+
+def holds(directory, file):
+    return os.path.isfile(os.path.join(directory, file))
+
+
+# ------------------------------------------------------------------------------------------------
 # files
 
 

