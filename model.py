@@ -51,7 +51,7 @@ class Machine(configs.Settings):
     """machine"""
     changes_result = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    micro_batch_tokens: int = 1024  # tokens a process computes at once: memory, never the result
+    micro_batch_tokens: int = 512  # tokens a process computes at once: memory, never the result
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: every GPU holds its shard of the model only
 
     def problems(self):

@@ -38,5 +38,6 @@ seed = 1001
 dtype = "bf16"          # float32 master weights, as DeepSpeed's there
 parallel = "fsdp"       # on one GPU nothing is shared
 activation_checkpointing = True
+micro_batch_tokens = 4096  # the default, 512, is a CPU's best
 max_length = 500        # its scores cut at 200, which no TOFU answer reaches
 eval_every = 2

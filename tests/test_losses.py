@@ -1,7 +1,8 @@
 """losses.py: pytest tests/test_losses.py. No network.
 
-Values by hand, independent definitions, what holds for every loss, limits, and values recorded
-of the original implementations. A new loss is one entry in CASES; most tests then include it.
+Values by hand, independent definitions, what has to hold for every loss, limits, and values
+recorded of the original implementations. A new loss is one entry in CASES; most tests then include
+it.
 """
 import ast
 import dataclasses
@@ -38,6 +39,7 @@ class Case:
     definition: the loss written naively, (s, **hyper) -> values, s as `gather` returns it; s.p and
         s.q are the labels' probabilities under the model and the reference.
     hyper: its hyper-parameters, behind the tensors, with the values that most tests use.
+    per: does it return one value per token, or one per answer?
     """
     arguments: list
     by_hand: list
@@ -115,7 +117,8 @@ CASES = {
             ([logs(1 / 2), logs(1 / 8), 1.0], 2 * log(5)),
             ([logs(1 / 2), logs(1 / 8), 2.0], log(17)),
         ],
-        definition=lambda s, beta: 2 / beta * (1 + (s.logps - s.ref_logps).exp() ** beta).log()),
+        definition=lambda s, beta: (
+            2 / beta * (1 + (s.logps.exp() / s.ref_logps.exp()) ** beta).log())),
     "simnpo": Case(
         ["logps", "n_tokens"],
         hyper=dict(beta=0.5, gamma=0.3),
@@ -222,9 +225,11 @@ every_loss = pytest.mark.parametrize("name", CASES)
 
 def values_by_hand():
     """One test per value: (name, arguments, expected)."""
+    values = []
     for name, case in CASES.items():
         for i, (arguments, expected) in enumerate(case.by_hand, 1):
-            yield pytest.param(name, arguments, expected, id=f"{name}-{i}")
+            values.append(pytest.param(name, arguments, expected, id=f"{name}-{i}"))
+    return values
 
 
 def functions():
@@ -567,7 +572,7 @@ def reads_log_probabilities(name):
     return all(argument.endswith(("logps", "n_tokens")) for argument in CASES[name].arguments)
 
 
-@pytest.mark.parametrize("name", filter(reads_log_probabilities, CASES))
+@pytest.mark.parametrize("name", [name for name in CASES if reads_log_probabilities(name)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_value_and_gradient_are_finite_for_extreme_log_probabilities(name, dtype):
     extremes = vec(*EXTREMES, 0.0)
@@ -776,8 +781,10 @@ GOLDEN = SHARED / "golden"
 FOUND = (GOLDEN / "losses_base.json").exists()
 RECORDED = json.loads((GOLDEN / "losses_base.json").read_text())["results"] if FOUND else []
 NOT_CHECKED = {  # (peer, loss): why
-    ("simnpo_tofu", "kto_sigmoid"): "reads sigma of the margin, not its log; no loss of ours does",
-    ("open_unlearning", "UNDIAL"): "no value recorded: label -100 is out of range for V = 31",
+    ("simnpo_tofu", "kto_sigmoid"):
+        "reads sigma, not log sigma, of the margin; no loss of ours does",
+    ("open_unlearning", "UNDIAL"):
+        "no value recorded: its label of -100 is out of range for V = 31",
 }
 
 
@@ -791,10 +798,10 @@ def name_of(case):
 
 def given_in(case):
     """{name: number or text} of the settings that a recorded case's name lists."""
-    given = {}
-    for name, text in re.findall(r"(\w+)=([^,)]+)", case["loss"]):
-        is_number = re.fullmatch(r"[-+.\de]+", text)
-        given[name] = float(text) if is_number else text
+    given = dict(re.findall(r"(\w+)=([^,)]+)", case["loss"]))
+    for name, text in given.items():
+        if re.fullmatch(r"[\d.]+", text):
+            given[name] = float(text)
     return given
 
 

@@ -205,8 +205,7 @@ def continue_plainly(lm, tokenizer, prompt, n):
 
 
 def verbmem_pairs(lm, tokenizer, muse):
-    """[(continuation, passage)]; the passage's first token is the BOS that its tokens begin with.
-    """
+    """[(continuation, passage)]; the BOS is one of the passage's 24 tokens."""
     pairs = []
     for row in read_rows(muse, "verbmem/forget"):
         passage = tokenizer.decode(tokenizer(row["gt"]).input_ids[:24][1:])

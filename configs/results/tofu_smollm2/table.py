@@ -1,11 +1,12 @@
 """Choice, tables and pictures of the study.
 
-python configs/results/tofu_smollm2/table.py choose out/tofu20    # the rule: a line of method and
-rate for each method python configs/results/tofu_smollm2/table.py collect out/tofu20   # keeps
-runs.jsonl, from the run directories python configs/results/tofu_smollm2/table.py
-# tables and pictures, from runs.jsonl
+    python configs/results/tofu_smollm2/table.py choose out/tofu20
+        # the rule: a line of method and rate for each method
+    python configs/results/tofu_smollm2/table.py collect out/tofu20
+        # keeps runs.jsonl, from the run directories
+    python configs/results/tofu_smollm2/table.py
+        # tables and pictures, from runs.jsonl
 """
-
 import glob
 import json
 import os
@@ -16,16 +17,8 @@ from matplotlib.figure import Figure
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SETTINGS = (
-    "forget_loss",
-    "retain_loss",
-    "lr",
-    "seed",
-    "beta",
-    "forget_weight",
-    "epochs",
-    "batch_size",
-    "git",
-)
+    "forget_loss", "retain_loss", "lr", "seed", "beta", "forget_weight", "epochs", "batch_size",
+    "git")
 METHODS = {
     ("simnpo", "nll"): "SimNPO",
     ("npo", "nll"): "NPO",
@@ -35,99 +28,114 @@ METHODS = {
     ("dpo", "nll"): "DPO",
 }
 COLUMNS = (
-    "forget_quality",
-    "model_utility",
-    "forget_prob",
-    "forget_rouge",
-    "retain_prob",
-    "retain_rouge",
-)
+    "forget_quality", "model_utility", "forget_prob", "forget_rouge", "retain_prob",
+    "retain_rouge")
 AUDITS = (
-    "exact_memorization",
-    "extraction_strength",
-    "mia_loss",
-    "mia_min_k_pp",
-    "mia_reference",
-    "privleak",
-)
+    "exact_memorization", "extraction_strength", "mia_loss", "mia_min_k_pp", "mia_reference",
+    "privleak")
 
 
-def load(path, lines=False):
+# ------------------------------------------------------------------------------------------------
+# from run directories to rows: {name, scores, relearn, ...}, the two end points first
+
+
+def read_json(path):
     if not os.path.isfile(path):
-        return [] if lines else {}
+        return {}
     with open(path, encoding="utf8") as f:
-        return [json.loads(line) for line in f] if lines else json.load(f)
+        return json.load(f)
+
+
+def read_lines(path):
+    if not os.path.isfile(path):
+        return []
+    with open(path, encoding="utf8") as f:
+        return [json.loads(line) for line in f]
+
+
+def method_of(run):
+    return METHODS[run["forget_loss"], run["retain_loss"]]
 
 
 def collect(study):
-    """A row a run, and one each for target and retain model: settings, scores, attacks."""
-    rows = []
-    for name in (f"{study}_target", f"{study}_retain"):
-        label = os.path.basename(name)
-        rows.append(
-            {
-                "name": label,
-                "end": label.rpartition("_")[2],
-                "scores": load(f"{study}_ends/{label}/scores.json"),
-                "relearn": [],
-            }
-        )
+    """A row per run, and one each for target and retain model: settings, scores, attacks."""
+    ends = []
+    for end in ("target", "retain"):
+        label = f"{os.path.basename(study)}_{end}"
+        scores = read_json(f"{study}_ends/{label}/scores.json")
+        ends.append({"name": label, "end": end, "scores": scores, "relearn": []})
+    rows = list(ends)
     for path in sorted(glob.glob(f"{study}_*_s[0-9]/run.json")):
-        run, name = load(path), os.path.dirname(path)
-        if run.get("finished"):
-            attacked = load(f"{study}_attacks/{os.path.basename(name)}/relearn.json") or []
-            rows.append(
-                {"name": os.path.basename(name)}
-                | {k: run[k] for k in SETTINGS}
-                | {
-                    "method": METHODS[run["forget_loss"], run["retain_loss"]],
-                    "scores": load(f"{name}/scores.json"),
-                    "relearn": [r for r in attacked if r["model"] != "retain model"],
-                }
-            )
-            rows[1]["relearn"] = [r for r in attacked if r["model"] == "retain model"] or rows[1][
-                "relearn"
-            ]
+        run, folder = read_json(path), os.path.dirname(path)
+        if not run.get("finished"):
+            continue
+        name = os.path.basename(folder)
+        of_run, of_retain_model = [], []
+        for attack in read_json(f"{study}_attacks/{name}/relearn.json") or []:
+            is_control = attack["model"] == "retain model"
+            (of_retain_model if is_control else of_run).append(attack)
+        row = {"name": name}
+        row |= {key: run[key] for key in SETTINGS}
+        row |= {"method": method_of(run), "scores": read_json(f"{folder}/scores.json"),
+                "relearn": of_run}
+        rows.append(row)
+        ends[1]["relearn"] = of_retain_model or ends[1]["relearn"]
     for path in sorted(glob.glob(f"{study}_trajectory_*/log.jsonl")):
-        run = load(path.replace("log.jsonl", "run.json"))
-        rows.append(
-            {
-                "name": os.path.basename(os.path.dirname(path)),
-                "of": METHODS[run["forget_loss"], run["retain_loss"]],
-                "lr": run["lr"],
-                "relearn": [],
-                "curve": [r for r in load(path, lines=True) if "loss" not in r],
-            }
-        )
+        folder = os.path.dirname(path)
+        run = read_json(f"{folder}/run.json")
+        curve = [row for row in read_lines(path) if "loss" not in row]
+        rows.append({"name": os.path.basename(folder), "of": method_of(run), "lr": run["lr"],
+                     "relearn": [], "curve": curve})
     return rows
 
 
+def runs_of(rows, method):
+    return [row for row in rows if row.get("method") == method]
+
+
+def end_of(rows, end):
+    """The row of the target or of the retain model."""
+    return next(row for row in rows if row.get("end") == end)
+
+
 def chosen(rows):
-    """{method: (rate, feasible)}: highest forget_quality where utility is at least 95 % of the
-    target's, else best utility. Seed 0."""
-    floor = 0.95 * next(r for r in rows if r.get("end") == "target")["scores"]["model_utility"]
+    """{method: (rate, feasible)}, on seed 0.
+
+    The highest forget_quality where utility is at least 95 % of the target's, else best utility.
+    """
+    floor = 0.95 * end_of(rows, "target")["scores"]["model_utility"]
     best = {}
     for method in METHODS.values():
-        points = [r for r in rows if r.get("method") == method and r["seed"] == 0]
-        feasible = [r for r in points if r["scores"]["model_utility"] >= floor]
-        if points:
-            best[method] = (
-                (max(feasible, key=lambda r: r["scores"]["forget_quality"])["lr"], True)
-                if feasible
-                else (max(points, key=lambda r: r["scores"]["model_utility"])["lr"], False)
-            )
+        points = [row for row in runs_of(rows, method) if row["seed"] == 0]
+        feasible = [row for row in points if row["scores"]["model_utility"] >= floor]
+        if feasible:
+            row = max(feasible, key=lambda row: row["scores"]["forget_quality"])
+            best[method] = row["lr"], True
+        elif points:
+            row = max(points, key=lambda row: row["scores"]["model_utility"])
+            best[method] = row["lr"], False
     return best
 
 
+# ------------------------------------------------------------------------------------------------
+# tables
+
+
 def show(values):
-    values = [v for v in values if v is not None]
+    """Mean, and with several values ± their standard deviation."""
+    values = [value for value in values if value is not None]
     if not values:
         return "-"
-    text = [
-        f"{v:.1e}" if 0 < abs(v) < 1e-3 else f"{v:.3f}"
-        for v in (statistics.mean(values), statistics.stdev(values) if values[1:] else 0)
-    ]
-    return " ± ".join(text[: 1 + bool(values[1:])])
+    shown = [statistics.mean(values)]
+    if len(values) > 1:
+        shown.append(statistics.stdev(values))
+    texts = [f"{x:.1e}" if 0 < abs(x) < 1e-3 else f"{x:.3f}" for x in shown]
+    return " ± ".join(texts)
+
+
+def show_columns(scores, names):
+    """One cell per name, over all runs of a line."""
+    return [show([some.get(name) for some in scores]) for name in names]
 
 
 def markdown(head, lines):
@@ -136,143 +144,162 @@ def markdown(head, lines):
         print("| " + " | ".join(line) + " |")
 
 
-def tables(rows):
-    best, ends = chosen(rows), [r for r in rows if "end" in r]
-    runs = [r for r in rows if "method" in r]
-    print("Every point of the sweep (bold: chosen; *: no point kept 95 % of the target's utility)")
-    lines = [[e["end"], "", ""] + [show([e["scores"].get(k)]) for k in COLUMNS] for e in ends]
-    for method in best:
-        rate, feasible = best[method]
-        for lr in sorted({r["lr"] for r in runs if r["method"] == method}):
-            group = [r for r in runs if (r["method"], r["lr"]) == (method, lr)]
-            name = f"**{method}**{'' if feasible else ' *'}" if lr == rate else method
-            lines.append(
-                [name, f"{lr:g}", str(len(group))]
-                + [show([r["scores"].get(k) for r in group]) for k in COLUMNS]
-            )
+def sweep_table(rows, best):
+    print("Every point of the sweep "
+          "(bold: chosen; *: no point kept 95 % of the target's utility)")
+    lines = []
+    for end in ("target", "retain"):
+        lines.append([end, "", ""] + show_columns([end_of(rows, end)["scores"]], COLUMNS))
+    for method, (rate, feasible) in best.items():
+        runs = runs_of(rows, method)
+        for lr in sorted({row["lr"] for row in runs}):
+            scores = [row["scores"] for row in runs if row["lr"] == lr]
+            name = method
+            if lr == rate:
+                name = f"**{method}**" if feasible else f"**{method}** *"
+            lines.append([name, f"{lr:g}", str(len(scores))] + show_columns(scores, COLUMNS))
     markdown(("", "lr", "seeds") + COLUMNS, lines)
+
+
+def attacked_groups(rows, best):
+    """{label: runs that were attacked}, the seeds of a rate together, the retain model last."""
     groups = {}
-    for r in (r for r in runs if r["relearn"]):
-        mark = "" if r["lr"] == best[r["method"]][0] else " (not chosen)"
-        groups.setdefault(f"{r['method']}, lr {r['lr']:g}{mark}", []).append(r)
-    groups["retain model"] = [ends[1]]
-    if any(r["relearn"] for g in groups.values() for r in g):
-        print(
-            "\nAttacks: forget probability before → after, of relearning on the questions that "
-            "were not relearned"
-        )
-        lines = []
-        for method, group in groups.items():
-            line = [method]
-            for attack in ("relearn_random", "relearn_shortest", "int4"):
-                kept = [[a for a in r["relearn"] if a["attack"] == attack] for r in group]
-                kept = [k for k in kept if k]
-                key = "unseen_forget_prob" if attack != "int4" else "forget_prob"
-                first = (
-                    [k[0][key] for k in kept]
-                    if attack != "int4"
-                    else [r["scores"]["forget_prob"] for r in group if kept]
-                )
-                line += [
-                    f"{show(first)} → {show([k[-1][key] for k in kept])}" if kept else "-",
-                    show([k[-1].get("recovered") for k in kept]),
-                ]
-            lines.append(line)
-        markdown(
-            ("", "random 20 %", "recovered", "shortest 20 %", "recovered", "int4", "recovered"),
-            lines,
-        )
-    told = {
-        m: [a for r in g for a in r["relearn"] if a["attack"] == "audits"]
-        for m, g in groups.items()
-    }
-    if any(told.values()):
+    for row in rows:
+        if "method" in row and row["relearn"]:
+            is_chosen = row["lr"] == best[row["method"]][0]
+            mark = "" if is_chosen else " (not chosen)"
+            groups.setdefault(f"{row['method']}, lr {row['lr']:g}{mark}", []).append(row)
+    groups["retain model"] = [end_of(rows, "retain")]
+    return groups
+
+
+def rows_of_attack(run, attack):
+    return [row for row in run["relearn"] if row["attack"] == attack]
+
+
+def attack_cells(runs, attack):
+    """[forget probability before → after, how much is recovered] of one attack."""
+    before, after, recovered = [], [], []
+    for run in runs:
+        steps = rows_of_attack(run, attack)
+        if not steps:
+            continue
+        if attack == "int4":
+            before.append(run["scores"]["forget_prob"])
+            after.append(steps[-1]["forget_prob"])
+        else:
+            before.append(steps[0]["unseen_forget_prob"])
+            after.append(steps[-1]["unseen_forget_prob"])
+        recovered.append(steps[-1].get("recovered"))
+    return [f"{show(before)} → {show(after)}" if after else "-", show(recovered)]
+
+
+def attack_table(groups):
+    print("\nAttacks: forget probability before → after, of relearning on the questions that were "
+          "not relearned")
+    lines = []
+    for label, runs in groups.items():
+        line = [label]
+        for attack in ("relearn_random", "relearn_shortest", "int4"):
+            line += attack_cells(runs, attack)
+        lines.append(line)
+    markdown(("", "random 20 %", "recovered", "shortest 20 %", "recovered", "int4", "recovered"),
+             lines)
+
+
+def audit_table(groups):
+    lines = []
+    for label, runs in groups.items():
+        audits = []
+        for run in runs:
+            audits += rows_of_attack(run, "audits")
+        if audits:
+            lines.append([label] + show_columns(audits, AUDITS))
+    if lines:
         print("\nAudits (holdout: two authors that no model here has seen)")
-        markdown(
-            ("",) + AUDITS,
-            [
-                [m] + [show([a.get(k) for a in found]) for k in AUDITS]
-                for m, found in told.items()
-                if found
-            ],
-        )
+        markdown(("",) + AUDITS, lines)
+
+
+def tables(rows):
+    best = chosen(rows)
+    sweep_table(rows, best)
+    groups = attacked_groups(rows, best)
+    if len(groups) > 1 or groups["retain model"][0]["relearn"]:
+        attack_table(groups)
+    audit_table(groups)
+
+
+# ------------------------------------------------------------------------------------------------
+# pictures
+
+ENDS = (("target", "s"), ("retain", "*"))  # with their markers
+
+
+def draw_points(axes, rows, best):
+    """Utility against forget quality, a point per run."""
+    for i, method in enumerate(best):
+        for row in runs_of(rows, method):
+            is_chosen = row["lr"] == best[method][0]
+            axes.plot(row["scores"]["model_utility"], row["scores"]["forget_quality"], "o",
+                      color=f"C{i}", markersize=8 if is_chosen else 4,
+                      label=method if is_chosen and row["seed"] == 0 else None)
+    for end, marker in ENDS:
+        scores = end_of(rows, end)["scores"]
+        axes.plot(scores["model_utility"], scores.get("forget_quality", 1.0), marker,
+                  color="black", markersize=11, label=end)
+    axes.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
+    axes.set(yscale="log", xlabel="model utility", ylabel="forget quality",
+             title="unlearned (large: chosen)")
+
+
+def draw_trajectories(axes, rows, best):
+    """Retain against forget probability, epoch by epoch."""
+    for run in rows:
+        if "curve" not in run:
+            continue
+        x = [row["retain_prob"] for row in run["curve"]]
+        y = [row["forget_prob"] for row in run["curve"]]
+        color = f"C{list(best).index(run['of'])}"
+        axes.plot(x, y, ".-", color=color, label=f"{run['of']}, lr {run['lr']:g}")
+        for row in run["curve"][1:]:
+            axes.annotate(f"{row['epoch']:g}", (row["retain_prob"], row["forget_prob"]),
+                          fontsize=8, xytext=(4, 2), textcoords="offset points")
+    for end, marker in ENDS:
+        scores = end_of(rows, end)["scores"]
+        axes.plot(scores["retain_prob"], scores["forget_prob"], marker, color="black",
+                  markersize=9)
+    axes.set(xlabel="probability of retain answers", ylabel="probability of forget answers",
+             title="epoch by epoch, from the target (square)")
+
+
+def draw_relearning(axes, rows, best):
+    """Forget probability of what was not relearned, step by step."""
+    for run in rows:
+        if not run["relearn"]:
+            continue
+        label, color, marker, seed = "retain model", "black", "o", 0
+        if "method" in run:
+            method, seed = run["method"], run["seed"]
+            label = f"{method}, lr {run['lr']:g}"
+            color = f"C{list(best).index(method)}"
+            marker = "o" if run["lr"] == best[method][0] else "x"
+        for attack, style in (("relearn_random", "-"), ("relearn_shortest", "--")):
+            steps = rows_of_attack(run, attack)
+            x = [row["step"] for row in steps]
+            y = [row["unseen_forget_prob"] for row in steps]
+            axes.plot(x, y, style, color=color, markersize=4, marker=marker,
+                      label=label if style == "-" and seed == 0 else None)
+    axes.set(xlabel="relearning steps", ylabel="probability of forget answers not relearned",
+             ylim=(0, 1), title="20 % relearned, random (solid) or shortest (dashed)")
 
 
 def pictures(rows):
     best = chosen(rows)
     figure = Figure(figsize=(15, 4.5), layout="tight")
     left, middle, right = figure.subplots(1, 3)
-    for i, method in enumerate(best):
-        points = [r for r in rows if r.get("method") == method]
-        for r in points:
-            picked = r["lr"] == best[method][0]
-            left.plot(
-                r["scores"]["model_utility"],
-                r["scores"]["forget_quality"],
-                "o",
-                color=f"C{i}",
-                markersize=8 if picked else 4,
-                label=method if picked and r["seed"] == 0 else None,
-            )
-    for end, mark in (("target", "s"), ("retain", "*")):
-        scores = next(r for r in rows if r.get("end") == end)["scores"]
-        left.plot(
-            scores["model_utility"],
-            scores.get("forget_quality", 1.0),
-            mark,
-            color="black",
-            markersize=11,
-            label=end,
-        )
-    left.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
-    left.set(
-        yscale="log",
-        xlabel="model utility",
-        ylabel="forget quality",
-        title="unlearned (large: chosen)",
-    )
-    for r in (r for r in rows if "curve" in r):
-        x, y = ([row[k] for row in r["curve"]] for k in ("retain_prob", "forget_prob"))
-        middle.plot(
-            x, y, ".-", color=f"C{list(best).index(r['of'])}", label=f"{r['of']}, lr {r['lr']:g}"
-        )
-        for row in r["curve"][1:]:
-            middle.annotate(
-                f"{row['epoch']:g}",
-                (row["retain_prob"], row["forget_prob"]),
-                fontsize=8,
-                xytext=(4, 2),
-                textcoords="offset points",
-            )
-    for end, mark in (("target", "s"), ("retain", "*")):
-        scores = next(r for r in rows if r.get("end") == end)["scores"]
-        middle.plot(scores["retain_prob"], scores["forget_prob"], mark, color="black", markersize=9)
-    middle.set(
-        xlabel="probability of retain answers",
-        ylabel="probability of forget answers",
-        title="epoch by epoch, from the target (square)",
-    )
-    for r in (r for r in rows if r["relearn"]):
-        method = r.get("method", "retain model")
-        label = f"{method}, lr {r['lr']:g}" if "lr" in r else method
-        color = f"C{list(best).index(method)}" if method in best else "black"
-        for attack, style in (("relearn_random", "-"), ("relearn_shortest", "--")):
-            curve = [a for a in r["relearn"] if a["attack"] == attack]
-            right.plot(
-                [a["step"] for a in curve],
-                [a["unseen_forget_prob"] for a in curve],
-                style,
-                color=color,
-                markersize=4,
-                marker="o" if "lr" not in r or r["lr"] == best[method][0] else "x",
-                label=label if style == "-" and r.get("seed", 0) == 0 else None,
-            )
-    right.set(
-        xlabel="relearning steps",
-        ylabel="probability of forget answers not relearned",
-        ylim=(0, 1),
-        title="20 % relearned, random (solid) or shortest (dashed)",
-    )
+    draw_points(left, rows, best)
+    draw_trajectories(middle, rows, best)
+    draw_relearning(right, rows, best)
     for axes in (left, middle, right):
         axes.legend(fontsize=8)
     path = os.path.join(HERE, "study.png")
@@ -280,22 +307,22 @@ def pictures(rows):
     print(f"\n{os.path.relpath(path)}")
 
 
-if __name__ == "__main__":
+def main(words):
+    command, study = (words + ["", ""])[:2]
+    if command == "choose":
+        rows = collect(study)
+        for method, (lr, _) in chosen(rows).items():
+            run = next(row for row in runs_of(rows, method) if row["lr"] == lr)
+            print(*run["name"].split("_")[-3:-1])  # it is called STUDY_<method>_<rate>_s<seed>
+        return
     kept = os.path.join(HERE, "runs.jsonl")
-    if sys.argv[1:2] == ["choose"]:
-        rows = collect(sys.argv[2])
-        for method, (lr, _) in chosen(
-            rows
-        ).items():  # a run is called STUDY_<method>_<rate>_s<seed>
-            print(
-                *next(r["name"] for r in rows if r.get("method") == method and r["lr"] == lr).split(
-                    "_"
-                )[-3:-1]
-            )
-    else:
-        if sys.argv[1:2] == ["collect"]:
-            with open(kept, "w", encoding="utf8") as f:
-                f.writelines(json.dumps(r) + "\n" for r in collect(sys.argv[2]))
-        rows = load(kept, lines=True)
-        tables(rows)
-        pictures(rows)
+    if command == "collect":
+        with open(kept, "w", encoding="utf8") as f:
+            f.writelines(json.dumps(row) + "\n" for row in collect(study))
+    rows = read_lines(kept)
+    tables(rows)
+    pictures(rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
