@@ -79,7 +79,6 @@ def rmu(s, c):
 
 FORGET = {
     "ga": Loss(lambda s, c: losses.ga(s.token_logps), "token"),
-    "ga_mean": Loss(lambda s, c: losses.ga(s.logps / s.n_tokens), "answer"),
     "nll": Loss(lambda s, c: losses.nll(s.token_logps), "token"),  # fine-tuning, relearning
     "npo": Loss(lambda s, c: losses.npo(s.logps, s.ref_logps, c.beta), "answer", "ref_logps"),
     "simnpo": Loss(lambda s, c: losses.simnpo(s.logps, s.n_tokens, c.beta, c.gamma), "answer"),
@@ -100,6 +99,7 @@ FORGET = {
     "rmu": Loss(rmu, "token", hidden=True),
     "task_vector": Loss(lambda s, c: losses.nll(s.token_logps), "token",
                         after=lambda lm, c: models.negate(lm, c.model, c.task_vector_scale)),
+    "ga_mean": Loss(lambda s, c: losses.ga(s.logps / s.n_tokens), "answer"),
     "npo_mean": Loss(npo_mean, "answer", "ref_logps"),
     # on raw logits: what the published MUSE numbers were made with
     "muse_npo": Loss(lambda s, c: losses.muse_npo(s.logits, s.ref.logits, c.beta),
