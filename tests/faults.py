@@ -543,7 +543,7 @@ class Bench:
         put(self.root / "model" / "run.json", dataclasses.asdict(c) | {"finished": True}, rng)
         name = str(self.root / "model")
         models.load_model(name, PROC)
-        configs.make(evaluate.Config, evaluate.inherit(evaluate.Config, [name], {}))
+        configs.make(evaluate.Config, evaluate.inherit(evaluate.INHERITED, [name], {}))
 
 
 def try_case(kind, rng):
