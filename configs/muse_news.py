@@ -7,7 +7,7 @@
 # All of them belong to a loss on raw logits (configs/muse_books_published.py).
 # For SimNPO on log-probs, which this file runs, no value and no score is published.
 #
-# Memory, by --plan=True: 18 GB a GPU on eight, which share weights, gradients and AdamW state;
+# Memory, by --plan=True: 17 GB a GPU on eight, which share weights, gradients and AdamW state;
 # 124 GB on one H200 alone. While it loads, one process per node holds 27 GB of CPU memory.
 #
 # Sustainability, request after request, each from the model before.
