@@ -682,9 +682,11 @@ def generate(lm, tokenizer, prompts: list, max_new_tokens: int, proc: Process, m
             with proc.autocast():
                 new = continue_prompts(lm, begun, limits, stop, proc, n_shared)
             mine.update(zip(indices, new))
-        for part in proc.gather(mine):
-            for i, ids in part.items():
-                answers[i] = answers[i] + ids
+        found = {}
+        for some in proc.gather(mine):
+            found.update(some)  # with FSDP two ranks may have computed the same batch
+        for i, ids in found.items():
+            answers[i] = answers[i] + ids
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 

@@ -283,7 +283,8 @@ def spread(values):
 
 def report(a, rows, lines):
     """One run's table and the picture of its curves."""
-    keys = [key for key in SHOWN if any(key in row for row in rows)]
+    present = set().union(*rows)
+    keys = [key for key in SHOWN if key in present]
     table = {}
     for (_, _, title), several in lines.items():
         # as many as stay readable; relearn.json has all

@@ -382,6 +382,15 @@ def test_an_answer_that_the_model_would_give_itself_is_not_generated_again(
     assert max(map(len, seen)) > 5
 
 
+def test_a_batch_that_two_ranks_computed_is_answered_once(mini, monkeypatch):
+    """FSDP's ranks need equally many batches, so the last ones may be computed twice."""
+    lm = models.load_model(str(mini / "target"), PROC)
+    tokenizer = models.load_tokenizer(str(mini / "target"))
+    alone = models.generate(lm, tokenizer, [[5, 6, 7]], 8, PROC, 100)
+    monkeypatch.setattr(models.Process, "gather", lambda proc, item: [item, item])
+    assert models.generate(lm, tokenizer, [[5, 6, 7]], 8, PROC, 100) == alone
+
+
 def test_a_finished_prompt_leaves_the_batch_and_stops_at_any_of_the_models_eos_ids(mini):
     lm, tokenizer = load_ours(mini)
     free = models.continue_prompts(lm, [[5, 6, 7], [9]], [6, 4], [], PROC)

@@ -127,9 +127,8 @@ def test_nll_mean_and_ga_mean_are_means_over_answers_of_each_answers_token_mean(
         json.loads(line)
         for line in (tmp_path / "scored" / "examples.jsonl").read_text().splitlines()
     ]
-    forget, retain = (
-        [r for r in records if r["set"] == name][:4] for name in ("forget", "retain")
-    )  # the first window
+    forget = [r for r in records if r["set"] == "forget"][:4]  # the first batch
+    retain = [r for r in records if r["set"] == "retain"][:4]
     assert len({r["n_tokens"] for r in retain}) > 2
 
     def by_answer(rows):
@@ -320,20 +319,22 @@ def test_forget10_is_scored_against_the_authors_log_of_300_rows(mini, tmp_path):
         against_log(mini, tmp_path / "b", log, **more)
 
 
+def first_rows(part, n):
+    """The first rows of a log's part, whose columns are lists or dicts by index."""
+    cut = {}
+    for name, column in part.items():
+        is_dict = isinstance(column, dict)
+        cut[name] = dict(list(column.items())[:n]) if is_dict else column[:n]
+    return cut
+
+
 @needs_shared
 def test_a_real_log_of_the_authors_cut_to_300_rows_gives_its_forget_quality(tmp_path):
     logs = {}
     for name in ("full", "retain90"):
         log = json.loads((SHARED / "golden" / "tofu_logs" / f"llama2-7b_{name}.json").read_text())
         if name == "retain90":
-            log = {
-                file: {
-                    k: (dict(list(v.items())[:300]) if isinstance(v, dict) else v[:300])
-                    for k, v in part.items()
-                }
-                for file, part in log.items()
-                if file in PARTS
-            }
+            log = {file: first_rows(log[file], 300) for file in PARTS}
         logs[name] = tmp_path / f"{name}.json"
         logs[name].write_text(json.dumps(log))
     evaluate.main(
@@ -499,7 +500,9 @@ def test_every_hub_id_is_org_slash_name(page):
     for name in ID.findall(text_of(page)):
         name = name.rstrip(".:")
         known = [n for n in NO_MODEL if name.startswith(n)]
-        assert known or re.fullmatch(r"[\w-]+/[\w.-]+", name) and configs.exists(name), name
+        assert known or re.fullmatch(r"[\w-]+/[\w.-]+", name), name
+        if not known:
+            configs.check_name(name, "model")
 
 
 def commands():
