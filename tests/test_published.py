@@ -524,11 +524,8 @@ def test_a_command_on_a_hub_id_gives_tokenizer_and_template(name, words):
 
 def test_the_table_of_hub_ids_says_tokenizer_and_template_of_each():
     text = text_of(ROOT / "configs" / "README.md").split("## Models to score")[1].split("\n## ")[0]
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in text.splitlines()
-        if line.startswith("| `")
-    ]
+    lines = [line.strip("|") for line in text.splitlines() if line.startswith("| `")]
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
     assert len(rows) >= 9
     said = ""
     for ids, _, give in rows:
