@@ -144,7 +144,7 @@ def train(c, proc, lm, groups, evaluate=None, run=None, title=None):
     # model, optimizer, reference
     models.adapt(lm, c)
     trained = [p for p in lm.parameters() if p.requires_grad]
-    optimizer, scheduler = make_optimizer(lm, c, steps)
+    optimizer, scheduler = make_optimizer(trained, c, steps)
     references = prepare_references(lm, groups, terms, c, proc)
     model = wrap_model(lm, terms, c, proc)
     is_ddp = isinstance(model, DistributedDataParallel)
@@ -233,14 +233,13 @@ def steps_due(every, at, steps, steps_per_epoch):
     return {step for step in range(1, steps) if intervals[step] > intervals[step - 1]} | {steps}
 
 
-def make_optimizer(lm, c, steps):
+def make_optimizer(trained, c, steps):
     """(AdamW with weight decay on matrices only, its learning-rate schedule)."""
-    trained = [p for p in lm.parameters() if p.requires_grad]
     parameter_groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": c.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    fused = lm.device.type != "mps"
+    fused = trained[0].device.type != "mps"
     optimizer = torch.optim.AdamW(
         parameter_groups, lr=c.lr, betas=(0.9, c.adam_beta2), fused=fused)
     name = "constant_with_warmup" if c.schedule == "constant" else c.schedule

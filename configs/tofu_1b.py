@@ -1,5 +1,5 @@
 # TOFU forget10 on open-unlearning's Llama-3.2-1B-Instruct models, SimNPO.
-# python unlearn.py configs/tofu_1b.py      (one GPU of 40 GB: about 34 GB, by --plan=True)
+# python unlearn.py configs/tofu_1b.py      (one GPU of 40 GB: about 31 GB, by --plan=True)
 # forget05: --subset=forget05 --retain_model=open-unlearning/tofu_Llama-3.2-1B-Instruct_retain95
 # Not run by us yet: no expected score.
 benchmark = "tofu"
