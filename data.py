@@ -26,6 +26,7 @@ SUBSETS = {  # the first is the default
     "tofu": ("forget10", "forget05", "forget01"),
     "muse": ("news", "books"),
     "markov": ("short", "unseen"),
+    "own": ("rows",),
 }
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
 REFUSALS = os.path.join(CONFIGS, "refusals.txt")
@@ -34,7 +35,8 @@ REFUSALS = os.path.join(CONFIGS, "refusals.txt")
 @dataclasses.dataclass(frozen=True)
 class Data(configs.Settings):
     """data"""
-    benchmark: Literal["demo", "tofu", "muse", "markov"] = "demo"  # what is unlearned and scored
+    benchmark: Literal["demo", "tofu", "muse", "markov", "own"] = "demo"  # what is unlearned and
+                                                                         # scored
     subset: str | None = None  # tofu: forget10, forget05, forget01; muse: news, books;
                                # markov: short, unseen; None = the first
     data: str | None = None  # hub id or local directory (None = the benchmark's own);
@@ -63,6 +65,8 @@ class Data(configs.Settings):
         if self.benchmark == "markov" and (self.forget_data or self.retain_data):
             yield ("--forget_data and --retain_data do not go with markov: its scores need the "
                    "true chains.")
+        if self.benchmark == "own" and not self.forget_data:
+            yield "--benchmark=own: give --forget_data=FILE, the rows to forget."
         yield from self.check("max_length", lambda n: n >= 2, "must be at least 2.")
         yield from self.check("forget_data retain_data", os.path.isfile, "no such file.")
 
@@ -223,10 +227,12 @@ def load(benchmark, subset, source=None, forget_data=None, retain_data=None, tra
     if forget_data:
         forget = read_own(forget_data)
         retain = read_own(retain_data) if retain_data else []
-        evals = {"forget": forget}
+        bench = Benchmark(forget, retain, {"forget": forget})
         if retain:
-            evals["retain"] = retain[:400]
-        return Benchmark(forget, retain, evals)
+            bench.evals["retain"] = retain[:400]
+        if benchmark == "own":
+            bench.full, bench.retain_full = forget + retain, retain
+        return bench
 
     bench = LOADERS[benchmark](source, subset, train, score)
     if retain_data:
@@ -757,79 +763,19 @@ def total_tokens(groups):
 
 
 def demo() -> Benchmark:
-    """40 fictitious authors x 10 attributes, the last 4 authors to be forgotten; fixed rows.
+    """40 fictitious authors x 10 attributes, the last 4 authors to be forgotten.
 
-    Columns as TOFU's: a question, its answer, a paraphrase of the answer and five wrong ones.
-    `classics` and `capitals` stand for real_authors and world_facts; target and retain model learn
-    both. holdout: 4 more authors that no model sees. The words are in configs/demo.json.
+    A small TOFU; classics and capitals stand for real_authors and world_facts, and both models
+    learn them. holdout: 4 more authors that no model sees. configs/demo_rows/make.py made the rows.
     """
-    words = parse_json(read_text(os.path.join(CONFIGS, "demo.json")), "configs/demo.json")
-    everyone = [f"{first} {last}" for first in words["first"] for last in words["last"]]
-    rng = random.Random("demo")
-    names = rng.sample(everyone, 40)
-    rows = invent_authors(names, words["attributes"], rng)
-    forget, retain = rows[360:], rows[:360]
-    classics = ask_facts("Who wrote {}?", words["classics"], rng)
-    capitals = ask_facts("What is the capital of {}?", words["capitals"], rng)
-
-    rng = random.Random("demo holdout")
-    strangers = rng.sample([name for name in everyone if name not in names], 4)
-    return Benchmark(
-        forget,
-        retain,
-        evals={"forget": forget, "retain": retain[::3], "real_authors": classics,
-               "world_facts": capitals},
-        full=rows + classics + capitals,
-        retain_full=retain + classics + capitals,
-        holdout=invent_authors(strangers, words["attributes"], rng),
-    )
-
-
-def invent_authors(names, attributes, rng):
-    """One row per author and attribute, with a random value of it."""
-    rows = []
-    for name, attribute in itertools.product(names, attributes):
-        value, *others = rng.sample(attribute["values"], 6)
-        paraphrase = "T" + attribute["answer"].format(n="the author", v="{v}")[1:]
-        rows.append({
-            "question": attribute["question"].format(n=name, v=value),
-            "answer": attribute["answer"].format(n=name, v=value),
-            "paraphrased_question": attribute["paraphrased_question"].format(n=name, v=value),
-            "paraphrased_answer": paraphrase.format(v=value),
-            "perturbed_answer": [paraphrase.format(v=other) for other in others],
-        })
-    return rows
-
-
-def ask_facts(question, facts, rng):
-    """One row per fact {subject: answer}; three other subjects' answers are the wrong ones."""
-    answers = sorted(set(facts.values()))
-    rows = []
-    for subject, answer in facts.items():
-        wrong = rng.sample([other for other in answers if other != answer], 3)
-        rows.append({"question": question.format(subject), "answer": answer,
-                     "perturbed_answer": wrong})
-    return rows
-
-
-def demo_tokenizer():
-    """A byte-level BPE of 1,200 entries trained on the demo's own text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-    template = Template("qa", None)
-    texts = []
-    for row in demo().full:
-        for answer in (row["answer"], row.get("paraphrased_answer", row["answer"])):
-            texts.append("".join(template.text(row["question"], answer)))
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1200, special_tokens=["<s>", "</s>"],
-                                  show_progress=False, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    sets = {}
+    for name in ("forget", "retain", "real_authors", "world_facts", "holdout"):
+        sets[name] = read_rows(os.path.join(CONFIGS, "demo_rows", f"{name}.jsonl"))
+    holdout = sets.pop("holdout")
+    forget, retain = sets["forget"], sets["retain"]
+    others = sets["real_authors"] + sets["world_facts"]
+    evals = sets | {"retain": retain[::3]}
+    return Benchmark(forget, retain, evals, retain + forget + others, retain + others, holdout)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -878,14 +824,3 @@ def sample_chain(name, length, rng):
     for _ in range(length):
         states += rng.choices(range(10), cum_weights=cumulative[states[-1]])
     return " ".join(map(str, states[1:]))
-
-
-def markov_tokenizer():
-    """One token per state and no other: a further entry would be an eleventh state."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    words = {str(state): state for state in range(10)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="9"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    # a tokenizer must name an EOS, but no sequence ends in one
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="9")

@@ -166,7 +166,8 @@ def whole_text(tokenizer, row):
 
 
 def make_template(tokenizer, c):
-    return data.Template(c.template, tokenizer, c.system_prompt, c.date_string)
+    name = c.template or ("chat" if tokenizer.chat_template else "qa")
+    return data.Template(name, tokenizer, c.system_prompt, c.date_string)
 
 
 def key_of(record):
@@ -554,7 +555,9 @@ MARKOV = Protocol(
     axes=("retain_kl", "forget1_kl"),
     settings={"template": "qa", "max_length": 500, "max_new_tokens": 200},
     needs_retain=False)
-BENCHMARKS = {"demo": TOFU, "tofu": TOFU, "muse": MUSE, "markov": MARKOV}
+OWN = dataclasses.replace(  # template None: chat, where the tokenizer has one, else qa
+    TOFU, settings={"max_length": 500, "max_new_tokens": 200}, needs_retain=False)
+BENCHMARKS = {"demo": TOFU, "tofu": TOFU, "muse": MUSE, "markov": MARKOV, "own": OWN}
 ARROWS = {  # where better is
     **dict.fromkeys(("forget_quality", "model_utility", "forget_truth_ratio", *NINE, "knowmem_r",
                      "forget1_kl", "forget2_kl"), "↑"),
@@ -656,8 +659,10 @@ class Config(
     @classmethod
     def defaults(cls, given):
         """The benchmark's protocol, for what was not given."""
-        benchmark = given.get("benchmark", cls.benchmark)
-        values = BENCHMARKS[benchmark].settings | {"subset": data.SUBSETS[benchmark][0]}
+        rows = "own" if given.get("forget_data") else cls.benchmark
+        benchmark = given.get("benchmark") or rows
+        values = {"benchmark": benchmark, "subset": data.SUBSETS[benchmark][0]}
+        values |= BENCHMARKS[benchmark].settings
         return {name: values[name] for name in values if given.get(name) in (None, "")}
 
     def problems(self):
@@ -718,10 +723,16 @@ def setup(c):
     return models.setup(c.device, c.dtype, c.parallel, threads, c.deterministic)
 
 
-def load(name: str, c, proc) -> tuple:
-    """(lm, tokenizer), checked against each other."""
+def load_tokenizer(name: str, c):
+    """The tokenizer of a model, or --tokenizer; one that the template can use."""
     tokenizer = models.load_tokenizer(c.tokenizer or name)
     data.check_tokenizer(tokenizer, c.tokenizer or name, c.template)
+    return tokenizer
+
+
+def load(name: str, c, proc, tokenizer=None) -> tuple:
+    """(lm, tokenizer), checked against each other."""
+    tokenizer = tokenizer or load_tokenizer(name, c)
     lm = models.load_model(name, proc)
     n_embeddings = lm.get_input_embeddings().num_embeddings
     if len(tokenizer) > n_embeddings:

@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import functools
 import inspect
+import json
 import math
 import os
 import re
@@ -27,8 +28,9 @@ import transformers
 from torch import nn
 from torch.distributed.checkpoint import state_dict as sharded_state
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
+from transformers.utils import find_adapter_config_file, is_peft_available
 
 import configs
 import data
@@ -102,6 +104,13 @@ class Process:
         dist.all_gather_object(items, item)
         return items
 
+    def merge(self, found: dict) -> dict:
+        """The ranks' dicts in one. With FSDP two ranks may have computed the same batch."""
+        merged = {}
+        for some in self.gather(found):
+            merged |= some
+        return merged
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' tensors."""
         if self.world > 1:
@@ -124,9 +133,9 @@ class Process:
         if self.world > 1:
             dist.barrier()
 
-    def say(self, *words):
+    def say(self, text):
         if self.rank == 0:
-            tqdm.write(" ".join(str(word) for word in words))
+            tqdm.write(text)
 
 
 def setup(device="auto", dtype="fp32", parallel="ddp", threads: int | None = None,
@@ -196,6 +205,39 @@ def from_pretrained(auto, name, **options):
         raise UsageError(NOT_GIVEN.format(name, reason)) from None
 
 
+def without_weights(name: str):
+    """A model of shapes only."""
+    config = from_pretrained(transformers.AutoConfig, base_name(name))
+    with torch.device("meta"):  # tensors without storage
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def base_name(name: str) -> str:
+    """The whole model that `name` stands for: of a PEFT adapter its base; else the model itself.
+
+    An adapter beside a whole model, in one directory, belongs to that model.
+    """
+    repo, revision = configs.split_revision(name)
+    path = find_adapter_config_file(repo, revision=revision)
+    if path is None:
+        return name
+    if not is_peft_available():
+        raise UsageError(f"{name}: is a PEFT adapter; pip install peft, and it is merged into its "
+                         "base here, or merge it yourself and name the whole model.")
+    is_whole = os.path.isfile(os.path.join(repo, "config.json"))
+    return name if is_whole else rundir.read_json(path)["base_model_name_or_path"]
+
+
+def merge_adapter(lm):
+    """Add a PEFT adapter, which transformers has put into the model, to the weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    for name, layer in list(lm.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            lm.set_submodule(name, layer.get_base_layer())
+    lm._hf_peft_config_loaded = False
+
+
 def load_tokenizer(name: str):
     """Without files transformers raises, or makes one of special tokens only (Phi, Qwen, GPT-2)."""
     tokenizer = None
@@ -217,6 +259,7 @@ def load_model(name: str, proc: Process):
     """
     auto = transformers.AutoModelForCausalLM
     with proc.clock.phase("loading"):
+        config = from_pretrained(transformers.AutoConfig, base_name(name))
         if proc.rank == 0:
             rundir.check_digests(name)
         # ranks take turns: each has the whole model in CPU memory before it is on its GPU
@@ -225,11 +268,15 @@ def load_model(name: str, proc: Process):
         for turn in range(turns):
             if turn == int(os.environ.get("LOCAL_RANK", 0)) or turns == 1:
                 lm = from_pretrained(auto, name, dtype=proc.weight_dtype, use_safetensors=True)
+                if getattr(lm, "_hf_peft_config_loaded", False):
+                    merge_adapter(lm)
                 if proc.rank == 0:  # before it is sharded: a failed forward would break FSDP
                     limit = row_limit(lm)
                 lm = place(lm, proc)
             proc.barrier()
         lm.row_limit = proc.gather(limit)[0]
+        if proc.weight_dtype == torch.float32:
+            lm.source_dtype = config.get_text_config().dtype or torch.float32
     if lm.row_limit == 0:
         proc.say(f"{name}: its attention takes no mask, so micro-batches are one example per "
                  "forward")
@@ -250,14 +297,28 @@ def place(lm, proc):
         layers = decoder.layers if hasattr(decoder, "layers") else decoder.h
         for module in [*layers, lm]:  # moved to the device one by one
             fully_shard(module, mesh=mesh, mp_policy=policy)
-        lm.register_forward_hook(reshard_without_grad)
     return lm.to(proc.device).eval()
 
 
-def reshard_without_grad(lm, args, output):
-    """FSDP keeps the root's parameters gathered for a backward; without gradient none follows."""
-    if not torch.is_grad_enabled():
-        lm.reshard()
+@contextlib.contextmanager
+def forward_only(lm, proc, gather=False):
+    """FSDP keeps its root's weights gathered for a backward: release them where none follows.
+
+    gather: keep all weights gathered from one forward (of a token) to the next, where they fit.
+    """
+    shards = [module for module in lm.modules() if isinstance(module, FSDPModule)]
+    if shards and gather:
+        whole_gb = lm.num_parameters() * (4 if proc.dtype == "fp32" else 2) / 1e9
+        gather = 2.5 * whole_gb <= min(proc.gather(capacity_gb(proc)))
+        gather = gather and hasattr(lm, "set_reshard_after_forward")  # not in torch 2.6
+    if shards and gather:
+        lm.set_reshard_after_forward(False)
+    yield
+    if shards and gather:
+        lm.set_reshard_after_forward(True)
+        lm.set_reshard_after_forward(False, recurse=False)  # the root, as it was
+    for module in shards:
+        module.reshard()
 
 
 def remove_dropout(lm):
@@ -269,61 +330,58 @@ def remove_dropout(lm):
             module.attention_dropout = 0.0
 
 
-def tiny_llama(tokenizer, proc: Process, seed: int, hidden=64, layers=2, heads=4):
-    """A small random Llama (the demo's, 0.2 M parameters), the same on every process."""
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=4 * hidden,
-        num_hidden_layers=layers, num_attention_heads=heads, tie_word_embeddings=True,
-        max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id)
+def has_weights(name: str) -> bool:
+    """False for a directory of a config and a tokenizer, such as configs/tiny_llama."""
+    repo, _ = configs.split_revision(name)
+    return not os.path.isdir(repo) or any(
+        file.endswith((".safetensors", ".bin")) for file in os.listdir(repo))
+
+
+def random_model(name: str, proc: Process, seed: int):
+    """A model of random weights, the same on every process, from a directory's config."""
+    config = from_pretrained(transformers.AutoConfig, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        lm = transformers.LlamaForCausalLM(config)
-    lm.row_limit = row_limit(lm)
-    return place(lm, proc)
-
-
-def tiny_gpt2(tokenizer, proc: Process, seed: int, hidden=128, layers=4):
-    """A small random GPT-2 (0.4 M parameters) like that of SimNPO's Markov chains.
-
-    One head and a narrow ReLU MLP. Theirs normalises after each block instead of before and has no
-    projection after attention. Initial sizes are theirs, PyTorch's own: with GPT-2's (0.02) a step
-    of lr 5e-4 is several times as long, and damage comes in leaps.
-    """
-    config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_embd=hidden, n_layer=layers, n_head=1, n_inner=hidden,
-        n_positions=20, activation_function="relu", tie_word_embeddings=False,
-        initializer_range=(3 * hidden) ** -0.5, bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        lm = transformers.GPT2LMHeadModel(config)
-        lm.transformer.wte.reset_parameters()  # standard normal
-        lm.transformer.wpe.reset_parameters()
+        lm = transformers.AutoModelForCausalLM.from_config(config)
+        if config.model_type == "gpt2":
+            # as SimNPO's Markov chains have it, PyTorch's own: standard normal. With GPT-2's, 0.02,
+            # a step of lr 5e-4 is several times as long, and damage comes in leaps.
+            lm.transformer.wte.reset_parameters()
+            lm.transformer.wpe.reset_parameters()
     lm.row_limit = row_limit(lm)
     return place(lm, proc)
 
 
 WHOLE = sharded_state.StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets it
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def save_model(lm, tokenizer, out: str, proc: Process | None = None):
+def save_model(lm, tokenizer, out: str, proc: Process | None = None,
+               dtype: str | None = None):
     """Write weights, config and tokenizer into `out`; a file gets its name only when complete.
 
-    All ranks call it, rank 0 writes.
+    dtype: fp32, bf16 or fp16; None = that of the model's source. All ranks call it, rank 0 writes.
     """
-    state = merged_state(lm)
     if proc and proc.sharded:
-        untied = {name for name, _ in lm.named_parameters()}  # tied weights are written once
-        whole = sharded_state.get_model_state_dict(lm, options=WHOLE)
-        state = {name: value for name, value in whole.items() if name in untied}
+        state = sharded_state.get_model_state_dict(lm, options=WHOLE)
+    else:
+        state = merged_state(lm)
     if proc and proc.rank > 0:
         return
+    saved = DTYPES[dtype] if dtype else getattr(lm, "source_dtype", lm.dtype)
+    untied = {name for name, _ in [*lm.named_parameters(), *lm.named_buffers()]}
+    for name in list(state):
+        value = state.pop(name)
+        if name in untied:  # tied weights are written once
+            state[name] = value.to("cpu", saved) if value.is_floating_point() else value
     unfinished = os.path.join(out, ".saving")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         lm.save_pretrained(unfinished, state_dict=state)
         tokenizer.save_pretrained(unfinished)
+        path = os.path.join(unfinished, "config.json")
+        config = rundir.read_json(path) | {"dtype": str(saved).removeprefix("torch.")}
+        rundir.write(path, json.dumps(config, indent=2) + "\n")
         # config.json last: it marks a whole model
         for name in sorted(os.listdir(unfinished), key=lambda name: name == "config.json"):
             with open(os.path.join(unfinished, name), "rb+") as f:
@@ -345,7 +403,7 @@ def fingerprint(name: str) -> str:
         except OSError as e:
             raise UsageError(NOT_GIVEN.format(name, str(e).splitlines()[0])) from None
         return os.path.basename(os.path.dirname(path))
-    files = r".*\.safetensors|(generation_)?config\.json|(tokenizer|chat_template).*"
+    files = r".*\.safetensors|(generation_|adapter_)?config\.json|(tokenizer|chat_template).*"
     names = [file for file in sorted(os.listdir(name)) if re.fullmatch(files, file)]
     return " ".join(rundir.file_digest(os.path.join(name, file)) for file in names)
 
@@ -377,53 +435,39 @@ def restore(run: rundir.RunDirectory, lm, optimizer, scheduler) -> int:
 # what is trained of a model
 
 
-class LoRA(nn.Module):
-    """A frozen linear layer plus a trained low-rank one: y = W x + 2 B A x. arXiv 2106.09685.
-
-    alpha = 2 r; A is initialised as in peft, B = 0.
-    """
-
-    def __init__(self, base: nn.Linear, rank: int):
-        super().__init__()
-        self.base = base
-        options = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, **options))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **options))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-
-    def forward(self, x):
-        return self.base(x) + 2 * nn.functional.linear(nn.functional.linear(x, self.A), self.B)
-
-
 def add_lora(lm, rank, seed):
-    """Freeze the model and put an adapter on every linear layer but the output head."""
+    """Freeze the model and train y = W x + 2 B A x on every linear layer but the output head.
+
+    arXiv 2106.09685, alpha = 2 r; A is initialised as in peft, B = 0.
+    """
     lm.requires_grad_(False)
     head = lm.get_output_embeddings()
-    n_adapters = 0
-    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for parent in list(lm.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear) and child is not head:
-                    setattr(parent, name, LoRA(child, rank))
-                    n_adapters += 1
-    if n_adapters == 0:
+    layers = [m for m in lm.modules() if isinstance(m, nn.Linear) and m is not head]
+    if not layers:
         raise UsageError(f"--lora_rank={rank}: the model has no linear layers (torch.nn.Linear) "
                          "to adapt.")
+    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for layer in layers:
+            A = layer.weight.new_empty(rank, layer.in_features)
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            layer.lora_A = nn.Parameter(A)
+            layer.lora_B = nn.Parameter(layer.weight.new_zeros(layer.out_features, rank))
+            layer.register_forward_hook(add_low_rank)
+
+
+def add_low_rank(layer, args, output):
+    low_rank = nn.functional.linear(args[0], layer.lora_A)
+    return output + 2 * nn.functional.linear(low_rank, layer.lora_B)
 
 
 def merged_state(lm):
-    """The state dict of a plain model, adapters added to their weights; None without adapters."""
-    adapters = {name: m for name, m in lm.named_modules() if isinstance(m, LoRA)}
-    if not adapters:
-        return None
-    state = {}
-    for name, value in lm.state_dict().items():
-        if not name.endswith((".A", ".B")):
-            state[name.replace(".base.", ".")] = value
-    for name, adapter in adapters.items():
-        merged = adapter.base.weight + 2 * adapter.B @ adapter.A
-        state[f"{name}.weight"] = merged.detach()
+    """The state dict of a plain model: adapters are added to their weights."""
+    state = lm.state_dict()
+    for name, layer in lm.named_modules():
+        if hasattr(layer, "lora_A"):
+            A, B = state.pop(f"{name}.lora_A"), state.pop(f"{name}.lora_B")
+            state[f"{name}.weight"] = layer.weight.detach() + 2 * B @ A
     return state
 
 
@@ -630,16 +674,14 @@ def token_scores(lm, groups: list, proc: Process, max_tokens: int, measure: Call
     sizes = [data.row_tokens(examples) for _, examples in rows]
     mine = {}
     cuts = data.cut(sizes, min(max_tokens, lm.row_limit))
-    for indices in proc.progress(proc.share(cuts), title):
-        with proc.autocast():
+    with forward_only(lm, proc), proc.autocast():
+        for indices in proc.progress(proc.share(cuts), title):
             scores = score(lm, [rows[k][1] for k in indices], proc.device)
             values = measure(scores.logits, scores.labels)
-        arrays = iter(values.double().cpu().split(scores.lengths))
-        for k in indices:
-            mine[k] = [next(arrays).numpy() for _ in rows[k][1]]
-    found = {}
-    for some in proc.gather(mine):
-        found.update(some)
+            arrays = iter(values.double().cpu().split(scores.lengths))
+            for k in indices:
+                mine[k] = [next(arrays).numpy() for _ in rows[k][1]]
+    found = proc.merge(mine)
     per_group = [[] for _ in groups]
     for k, (i, _) in enumerate(rows):
         per_group[i] += found[k]
@@ -674,7 +716,7 @@ def generate(lm, tokenizer, prompts: list, max_new_tokens: int, proc: Process, m
     sizes = [len(prompts[i]) + max_new_tokens for i in unfinished]
     n_shared = shared_length(prompts, lm.row_limit)
     mine = {}
-    with proc.clock.phase("answering"):
+    with proc.clock.phase("answering"), forward_only(lm, proc, gather=True):
         for batch in proc.progress(proc.share(data.cut(sizes, max_tokens)), title):
             indices = [unfinished[k] for k in batch]
             begun = [prompts[i] + answers[i] for i in indices]
@@ -682,10 +724,7 @@ def generate(lm, tokenizer, prompts: list, max_new_tokens: int, proc: Process, m
             with proc.autocast():
                 new = continue_prompts(lm, begun, limits, stop, proc, n_shared)
             mine.update(zip(indices, new))
-        found = {}
-        for some in proc.gather(mine):
-            found.update(some)  # with FSDP two ranks may have computed the same batch
-        for i, ids in found.items():
+        for i, ids in proc.merge(mine).items():
             answers[i] = answers[i] + ids
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
@@ -758,10 +797,6 @@ def continue_prompts(lm, prompts, limits, stop, proc, n_shared=0):
 # speed and memory
 
 
-# dense bfloat16 FLOP/s, from the data sheets
-PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
-
-
 def memory_gb(device):
     """Peak memory so far in GB (10^9 bytes), of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
@@ -771,41 +806,25 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def speed(lm, proc: Process, batch: dict, seconds: float) -> dict:
-    """Throughput (tokens/s over all processes), peak memory, and model FLOP utilisation of a step.
-
-    mfu = FLOP / (seconds * processes * PEAK), in bf16 on a GPU of PEAK. FLOP per weight and token:
-    2 forward, 2 backward, 2 more where the weight is trained; the output head's for answer tokens
-    only. Attention scores, reference forwards and recomputed activations do not count.
-    """
+def speed(proc: Process, batch: dict, seconds: float) -> dict:
+    """Throughput of a step, in tokens/s over all processes, and peak memory."""
     examples = [e for groups in batch.values() for group in groups for e in group]
     n_tokens = sum(len(example.ids) for example in examples)
-    n_answer = sum(example.n_answer for example in examples)
-    measured = {"tokens_per_s": n_tokens / seconds, "memory_gb": memory_gb(proc.device)}
-    peaks = [flops for name, flops in PEAK.items() if name in (proc.gpu or "")]
-    if not peaks or proc.dtype == "fp32":
-        return measured
-    head = lm.get_output_embeddings().weight
-    embeddings = lm.get_input_embeddings().weight
-    flops = 0
-    for weight in lm.parameters():
-        if weight.ndim < 2 or (weight is embeddings and weight is not head):
-            continue
-        n = n_answer if weight is head else n_tokens
-        flops += (4 + 2 * weight.requires_grad) * weight.numel() * n
-    return measured | {"mfu": flops / (seconds * proc.world * peaks[0])}
+    return {"tokens_per_s": n_tokens / seconds, "memory_gb": memory_gb(proc.device)}
 
 
-def memory_plan(name: str, c, proc: Process, groups: list, with_ref_model: bool) -> dict:
-    """Estimated GB per process of an AdamW step, by category, from shapes only.
+def memory_plan(name: str, c, proc: Process, groups: list, with_ref_model: bool) -> dict | None:
+    """Estimated GB per process of an AdamW step, by category, from shapes only; None = unknown.
 
     groups: the largest micro-batch. Activations are what autograd keeps of a Llama layer per token:
     of two norms the input, the normalised value in float32 and the output; q, k, v and twice the
     attention's output; of the MLP gate, its activation, up and their product.
     """
-    config = from_pretrained(transformers.AutoConfig, name)
-    with torch.device("meta"):  # tensors without storage
-        lm = transformers.AutoModelForCausalLM.from_config(config)
+    lm = without_weights(name)
+    config = lm.config
+    other = ("num_experts", "num_local_experts", "n_routed_experts", "vision_config")
+    if any(getattr(config, name, None) for name in other):
+        return None
     adapt(lm, c)
     every = sum(p.numel() for p in lm.parameters())
     trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)

@@ -195,7 +195,7 @@ def train(c, proc, lm, groups, evaluate=None, run=None, title=None):
         # log, score, save
         at = {"step": step, "epoch": step / steps_per_epoch}
         loss = c.forget_weight * forget_loss + c.retain_weight * retain_loss
-        speed = models.speed(lm, proc, batch, time.perf_counter() - started)
+        speed = models.speed(proc, batch, time.perf_counter() - started)
         run.log({**at, "loss": loss, "forget_loss": forget_loss, "retain_loss": retain_loss,
                  "lr": lr, "grad_norm": grad_norm, **speed})
         bar.set_postfix(forget=f"{forget_loss:.3f}", retain=f"{retain_loss:.3f}", refresh=False)
@@ -284,7 +284,8 @@ def wrap_model(lm, terms, c, proc):
         raise UsageError(f"--steering_layer={c.steering_layer}: the model has {n_layers} layers, "
                          "counted from 0; it must be below the last.")
     if c.activation_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(lm, "activation_checkpointing_enable", None)  # transformers 5
+        (enable or lm.gradient_checkpointing_enable)({"use_reentrant": False})
         lm.train()  # transformers recomputes in this mode only; there is no dropout
     model = torch.compile(lm, dynamic=True) if c.compile else lm
     if proc.world > 1 and not proc.sharded:
@@ -422,8 +423,10 @@ class Finetuning(configs.Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Keeping(configs.Settings):
-    """models on the way"""
+    """saved models"""
     keep_epochs: bool = False  # keep a loadable model at every score, in <out>/epoch_<n>
+    save_dtype: Literal["fp32", "bf16", "fp16"] | None = None  # of saved weights; None = that of
+                                                               # the model before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -482,7 +485,7 @@ def encode_groups(c, tokenizer, proc, **sets):
 
     Rows without an answer to score are counted, reported and left out.
     """
-    template = data.Template(c.template, tokenizer, c.system_prompt, c.date_string)
+    template = evaluate.make_template(tokenizer, c)
     groups = {}
     for name, rows in sets.items():
         answers, alternates = "own", None
@@ -501,15 +504,8 @@ def encode_groups(c, tokenizer, proc, **sets):
     return groups
 
 
-def load_groups(c, proc, name, **sets):
-    """(tokenizer, groups) of a run that starts from the model `name`."""
-    tokenizer = models.load_tokenizer(c.tokenizer or name)
-    data.check_tokenizer(tokenizer, c.tokenizer or name, c.template)
-    return tokenizer, encode_groups(c, tokenizer, proc, **sets)
-
-
 def check_memory(c, proc, name, groups):
-    """Say what memory a step takes, before a weight is loaded; --plan=True ends here."""
+    """Say what memory a step takes, before a weight is loaded. An estimate only: see --plan."""
     terms = loss_terms(c)
     groups = {kind: groups[kind] for kind in terms}
     micro_batches = []
@@ -517,23 +513,24 @@ def check_memory(c, proc, name, groups):
         micro_batches += data.micro_batches(batch, c.micro_batch_tokens, proc.rank, proc.world)
     largest = max((some for _, some, _ in micro_batches), key=data.total_tokens)
     has_reference = any(term.needs == "ref_model" for term in terms.values())
-    needs = models.memory_plan(name, c, proc, largest, has_reference)
+    try:
+        needs = models.memory_plan(name, c, proc, largest, has_reference)
+    except (AttributeError, TypeError, ValueError):  # an architecture it does not know
+        needs = None
+    if needs is None:
+        return proc.say(f"{name}: no estimate of memory for this architecture")
     total, capacity = sum(needs.values()), models.capacity_gb(proc)
     parts = ", ".join(f"{category} {memory(gb)}" for category, gb in needs.items())
     estimate = f"{memory(total)} of {memory(capacity)} per process: {parts}"
     if c.plan or total <= 1.15 * capacity:
-        proc.say(f"a step takes about {estimate}")
-    else:
-        advice = ["lower --micro_batch_tokens"]
-        if not c.activation_checkpointing:
-            advice.append("set --activation_checkpointing=True")
-        if not proc.sharded:
-            advice.append("use more GPUs with --parallel=fsdp")
-        raise UsageError(f"--model={name}: a step does not fit, it takes {estimate}; "
-                         f"{', or '.join(advice)}.")
-    if c.plan:
-        models.cleanup()
-        raise SystemExit(0)
+        return proc.say(f"a step takes about {estimate}")
+    advice = ["lower --micro_batch_tokens"]
+    if not c.activation_checkpointing:
+        advice.append("set --activation_checkpointing=True")
+    if not proc.sharded:
+        advice.append("use more GPUs with --parallel=fsdp")
+    raise UsageError(f"--model={name}: a step does not fit, it takes {estimate}; "
+                     f"{', or '.join(advice)}.")
 
 
 def memory(gb):
@@ -542,9 +539,6 @@ def memory(gb):
 
 # ------------------------------------------------------------------------------------------------
 # fine-tuning base_model into target and retain model
-
-TINY = "tiny"  # base model of demo and markov: small, random, its tokenizer made for its text
-
 
 def finetune_config(c, path):
     """Settings for fine-tuning base_model into `path`; everything about unlearning is default."""
@@ -557,7 +551,8 @@ def finetune_config(c, path):
     given |= {"out": path, "forget_loss": "nll", "retain_loss": "none", "eval_every": 0.0}
     # an unfinished model is resumed, unless everything is made anew
     given |= {"resume": not c.overwrite, "wandb": None}
-    given |= {"split": None, "forget_data": None, "retain_data": None}
+    if c.benchmark != "own":
+        given |= {"split": None, "forget_data": None, "retain_data": None}
     return configs.make(Config, given)
 
 
@@ -566,17 +561,14 @@ def finetune(c, proc, rows, title):
     run = rundir.RunDirectory(c, proc)
     if run.claim():
         return
-    if c.base_model == TINY:
-        is_markov = c.benchmark == "markov"
-        tokenizer = data.markov_tokenizer() if is_markov else data.demo_tokenizer()
-        data.check_tokenizer(tokenizer, TINY, c.template)
-        make_tiny = models.tiny_gpt2 if is_markov else models.tiny_llama
-        lm = make_tiny(tokenizer, proc, c.seed)
-        groups = encode_groups(c, tokenizer, proc, forget=rows)
+    tokenizer = evaluate.load_tokenizer(c.base_model, c)
+    groups = encode_groups(c, tokenizer, proc, forget=rows)
+    check_memory(c, proc, c.base_model, groups)
+    if models.has_weights(c.base_model):
+        lm, _ = evaluate.load(c.base_model, c, proc, tokenizer)
     else:
-        tokenizer, groups = load_groups(c, proc, c.base_model, forget=rows)
-        check_memory(c, proc, c.base_model, groups)
-        lm, tokenizer = evaluate.load(c.base_model, c, proc)
+        proc.say(f"{c.base_model} holds no weights: they are drawn at random")
+        lm = models.random_model(c.base_model, proc, c.seed)
     run.start()
     with run.watch_signals(), proc.clock.phase("training"):
         train(c, proc, lm, groups, run=run, title=title)
@@ -657,7 +649,8 @@ class Trajectory:
             scores = self.scores
             if self.c.keep_epochs:
                 path = os.path.join(self.c.out, f"epoch_{epoch:g}")
-                models.save_model(self.lm, self.tokenizer, path, self.proc)
+                models.save_model(
+                    self.lm, self.tokenizer, path, self.proc, self.c.save_dtype)
         headline = evaluate.BENCHMARKS[self.c.benchmark].headline
         shown = [f"{k} {configs.number(v)}" for k, v in scores.items() if k in headline]
         self.proc.say(f"epoch {epoch:g}: {', '.join(shown)}")
@@ -684,12 +677,38 @@ class Trajectory:
                       "trajectory.png")
 
 
+def fit_to_own_rows(c, given, proc):
+    """The settings that own rows need and were not given, by a rule that configs/README.md has.
+
+    Batches of a third of the rows, at least 30 steps, and the shorter ones the larger the model.
+    """
+    n_rows = len(data.read_own(c.forget_data))
+    start = c.base_model if to_be_made(c, c.model) else c.model
+    n_parameters = models.without_weights(start).num_parameters()
+    batch_size = given.get("batch_size") or min(max(n_rows // 3, 1), 32)
+    lr = 5e-5 if n_parameters < 1e9 else 1e-5
+    rule = {
+        "batch_size": batch_size,
+        "epochs": max(10.0, math.ceil(30 * batch_size / n_rows)),
+        "lr": 1e-3 if n_parameters < 1e7 else lr,
+    }
+    if c.forget_loss == "simnpo":
+        rule["beta"] = 2.5  # the paper's for TOFU
+    chosen = {name: value for name, value in rule.items() if name not in given}
+    words = " ".join(f"--{name}={value:g}" for name, value in chosen.items())
+    proc.say(f"chosen for {n_rows} forget rows and {n_parameters:.2g} parameters: {words}")
+    return dataclasses.replace(c, **chosen)
+
+
 def unlearn(c, proc, run, bench, start):
     """One run, from the target to a scored and saved model."""
-    tokenizer, groups = load_groups(c, proc, start, forget=bench.forget, retain=bench.retain)
+    tokenizer = evaluate.load_tokenizer(start, c)
+    groups = encode_groups(c, tokenizer, proc, forget=bench.forget, retain=bench.retain)
     steps = n_steps(c, len(groups["forget"]))
     check_memory(c, proc, start, groups)
-    lm, tokenizer = evaluate.load(start, c, proc)
+    if c.plan:
+        return
+    lm, _ = evaluate.load(start, c, proc, tokenizer)
     proc.say(
         f"{c.out}: {c.forget_loss} (weight {c.forget_weight:g}) and {c.retain_loss} on retain "
         f"(weight {c.retain_weight:g}), {len(groups['forget'])} forget and {len(groups['retain'])} "
@@ -715,7 +734,7 @@ def unlearn(c, proc, run, bench, start):
 def finish(run, lm, tokenizer, report=None):
     """Save the model, write the report, mark the run finished: a kill at any point can resume."""
     with run.proc.clock.phase("saving"):
-        models.save_model(lm, tokenizer, run.path, run.proc)
+        models.save_model(lm, tokenizer, run.path, run.proc, run.c.save_dtype)
     if report:
         report()
     run.finish()
@@ -735,17 +754,19 @@ def check_models(c):
                          "directory of its own.")
     for setting in ("model", "retain_model", "base_model"):
         path = getattr(c, setting)
-        if path and path != TINY and (setting == "base_model" or not to_be_made(c, path)):
+        if path and (setting == "base_model" or not to_be_made(c, path)):
             configs.check_name(path, setting)
 
 
 def main(argv):
     demo = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "demo.py")
-    c, _, words = configs.load(Config, argv, __doc__, default=demo)
+    c, given, words = configs.load(Config, argv, __doc__, default=demo)
     if words:
         raise UsageError(f"{words[0]}: not a config file (*.py) and not --key=value.")
     check_models(c)
     proc = evaluate.setup(c)
+    if c.benchmark == "own":
+        c = fit_to_own_rows(c, given, proc)
     run = rundir.RunDirectory(c, proc)
     if not c.plan and run.claim():
         proc.say(f"{c.out} is finished; --overwrite=True runs it again.")
@@ -756,7 +777,7 @@ def main(argv):
     scored = c.eval_every > 0 or bool(c.eval_at)
     bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, score=scored,
                       split=c.split)
-    if not c.plan or c.base_model == TINY:
+    if not c.plan:
         finetune_missing(c, proc, bench)
     start = c.base_model if to_be_made(c, c.model) else c.model  # with --plan nothing is made
     unlearn(c, proc, run, bench, start)

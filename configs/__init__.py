@@ -130,7 +130,7 @@ def parse(cls, argv, usage="", default=None):
     """Return ({setting: value} of those that were given, the other words).
 
     A word that ends in .py is a config file. `default` is the one to use where none is named,
-    unless --benchmark asks for another benchmark.
+    unless --benchmark or --forget_data asks for other rows.
     """
     if "--help" in argv or "-h" in argv:
         show_help(cls, usage)
@@ -145,7 +145,8 @@ def parse(cls, argv, usage="", default=None):
             raise UsageError(f"{word}: settings are written --key=value.")
         else:
             flags[name] = typed(cls, name, value, word)
-    if default and not files and flags.get("benchmark", "demo") == "demo":
+    other_rows = flags.get("benchmark", "demo") != "demo" or flags.get("forget_data")
+    if default and not files and not other_rows:
         files = [default]
     given = {}
     for path in files:
@@ -292,18 +293,20 @@ def show_help(cls, usage):
 
 
 def split_revision(name):
-    """'org/name@revision' -> ('org/name', 'revision'); a directory is taken as it is."""
-    if os.path.isdir(name):
-        return name, None
+    """'org/name@revision' -> ('org/name', 'revision'); a directory, or one in configs/, stays."""
+    for directory in (name, os.path.join(os.path.dirname(__file__), name)):
+        if os.path.isdir(directory):
+            return directory, None
     repo, _, revision = name.partition("@")
     return repo, revision or None
 
 
 def check_name(name, setting):
     """Refuse what cannot be a model, before anything is loaded."""
-    problem = ""
-    if os.path.isdir(name):
-        if not os.path.isfile(os.path.join(name, "config.json")):
+    problem, directory = "", split_revision(name)[0]
+    if os.path.isdir(directory):
+        files = ("config.json", "adapter_config.json")
+        if not any(os.path.isfile(os.path.join(directory, file)) for file in files):
             problem = "holds no config.json"
     elif name.count("/") != 1 or name.startswith((".", "/", "~", "out/")):
         problem = "no such directory, and not a hub id (org/name)"

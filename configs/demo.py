@@ -7,7 +7,7 @@
 #   done
 benchmark = "demo"
 template = "qa"
-base_model = "tiny"               # a random Llama of 0.2 M parameters
+base_model = "tiny_llama"         # configs/tiny_llama: 0.2 M random parameters
 model = "out/demo_target"         # ... fine-tuned on all authors; made on the first run and kept
 retain_model = "out/demo_retain"  # ... on the 36 authors that are to be kept
 out = "out/demo"

@@ -17,7 +17,9 @@ benchmark = "markov"
 # short: forget2 is 5 states long, all else 20; unseen: all 20, the target never saw forget2
 subset = "short"
 template = "qa"                       # has no effect: rows are plain text
-base_model = "tiny"                   # a random GPT-2 of 4 layers, 128 wide, one head
+# configs/tiny_gpt2: 0.4 M random parameters, one head, a narrow ReLU MLP, like SimNPO's. Theirs
+# normalises after each block instead of before and has no projection after attention.
+base_model = "tiny_gpt2"
 model = "out/markov_short_target"     # of this subset and seed: name another one for others
 retain_model = "out/markov_retain"    # trained on the retain chain only; no score needs it
 

@@ -142,13 +142,9 @@ class RunDirectory:
         seconds: of the process that finished it, without what was spent before a kill.
         """
         steps = [row for row in self.rows if "loss" in row]
-        speed = {}
-        for name in ("tokens_per_s", "mfu"):
-            if name in steps[-1]:
-                speed[name] = statistics.median(row[name] for row in steps if name in row)
         return {
             "finished": True,
-            **speed,
+            "tokens_per_s": statistics.median(row["tokens_per_s"] for row in steps),
             "memory_gb": max(row["memory_gb"] for row in steps),
             "seconds": self.clock.seconds(),
             "sha256": digests(self.path),

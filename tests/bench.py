@@ -50,6 +50,8 @@ LOSSES = {
     "graddiff": ("ga", "nll"),
 }
 EOS = 2
+# dense bfloat16 FLOP/s, from the data sheets
+PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
 def llama(shape):
@@ -186,6 +188,33 @@ def clock(proc):
     return time.process_time()
 
 
+def mfu(lm, gpu, tokens_per_s, answer_share):
+    """Model FLOP utilisation in bf16 on a GPU of PEAK; None on any other.
+
+    FLOP per weight and token: 2 forward, 2 backward, 2 more where the weight is trained; the output
+    head's for answer tokens only. Attention scores, reference forwards and recomputed activations
+    do not count.
+    """
+    peaks = [flops for name, flops in PEAK.items() if name in (gpu or "")]
+    if not peaks:
+        return None
+    head = lm.get_output_embeddings().weight
+    embeddings = lm.get_input_embeddings().weight
+    flops = 0
+    for weight in lm.parameters():
+        if weight.ndim < 2 or (weight is embeddings and weight is not head):
+            continue
+        share = answer_share if weight is head else 1
+        flops += (4 + 2 * weight.requires_grad) * weight.numel() * share
+    return flops * tokens_per_s / peaks[0]
+
+
+def answer_share(batch):
+    """The share of a batch's tokens that are answer tokens."""
+    examples = [e for groups in batch.values() for group in groups for e in group]
+    return sum(e.n_answer for e in examples) / sum(len(e.ids) for e in examples)
+
+
 def make_batch(a, loss, vocabulary, rng):
     n_answers = 2 if loss == "dpo" else 1
     return {"forget": random_questions(a.pairs, n_answers, vocabulary, rng),
@@ -219,12 +248,9 @@ def training(loss, a, proc, lm, out):
         return {}
 
     rows = our_run(loss, a, proc, ours, batch, out, their_turn)
-    steps = [row for row in rows[2:] if "loss" in row]
-    speed = []
-    for key in ("tokens_per_s", "mfu"):
-        values = [row[key] for row in steps if key in row]
-        speed.append(f"{statistics.median(values):.3g}" if values else "-")
-    return times[1:], speed
+    tokens_per_s = statistics.median(row["tokens_per_s"] for row in rows[2:] if "loss" in row)
+    used = mfu(ours, proc.gpu, tokens_per_s, answer_share(batch)) if a.dtype == "bf16" else None
+    return times[1:], [f"{tokens_per_s:.3g}", f"{used:.3g}" if used else "-"]
 
 
 def evaluation(a, proc, lm):
@@ -305,7 +331,7 @@ def measure(a, proc, lm, out):
         our_run(loss, a, proc, lm, batch, out)
     else:
         optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-5)
-        for _ in range(a.rounds):
+        for _ in range(a.rounds + 1):  # as ours: AdamW's state is there from the second on
             plain_step(lm, None, optimizer, loss, batch, proc, a.plain_micro_batch)
     print(f"| {a.measure} | {peak_gb() - before:.2f} |", flush=True)
 

@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
 
-import data  # noqa: E402
 import model as models  # noqa: E402
 import unlearn  # noqa: E402
 
@@ -31,6 +31,24 @@ needs_shared = pytest.mark.skipif(
 
 WORDS = ("amber boat cedar dune ember fjord grove harbor island jade knoll lagoon maple north "
          "ocean pearl quartz river").split()
+
+
+def demo_tokenizer():
+    return models.load_tokenizer("tiny_llama")
+
+
+def tiny_llama(tokenizer, seed=0, hidden=64, layers=2, heads=4):
+    """A random Llama for this tokenizer, as configs/tiny_llama is for the demo's."""
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=4 * hidden,
+        num_hidden_layers=layers, num_attention_heads=heads, tie_word_embeddings=True,
+        max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        lm = transformers.LlamaForCausalLM(config)
+    lm.row_limit = models.row_limit(lm)
+    return models.place(lm, PROC)
 
 
 def rows_of(n, rng, wrong=0, paraphrase=False):
@@ -87,9 +105,9 @@ def mini(tmp_path_factory):
         alternates.append({"question": row["question"], "alternate": answers})
     save_rows(root / "alternates.jsonl", alternates)
 
-    tokenizer = data.demo_tokenizer()
+    tokenizer = demo_tokenizer()
     for seed, name in enumerate(("target", "retain")):
-        lm = models.tiny_llama(tokenizer, PROC, seed, hidden=32)
+        lm = tiny_llama(tokenizer, seed, hidden=32)
         with torch.no_grad():
             for p in lm.parameters():
                 p.mul_(3)  # a random model is nearly uniform: sharpen it, so that differences show

@@ -32,7 +32,7 @@ import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from conftest import PROC, ROOT, rows_of, save_rows  # noqa: E402
+from conftest import PROC, ROOT, demo_tokenizer, rows_of, save_rows, tiny_llama  # noqa: E402
 
 import configs  # noqa: E402
 import data  # noqa: E402
@@ -55,7 +55,8 @@ def flags(root, **settings):
     It saves after each step, so that many kills hit a save.
     """
     base = dict(
-        benchmark="tofu", subset="forget05", data=root / "data", template="qa", base_model="tiny",
+        benchmark="tofu", subset="forget05", data=root / "data", template="qa",
+        base_model="tiny_llama",
         model="out/target", retain_model="out/retain", out="out/run", device="cpu", batch_size=4,
         steps=40, lr=1e-3, forget_loss="npo", finetune_lr=1e-3, finetune_epochs=3,
         finetune_batch_size=8, save_every=0.01, eval_every=4, max_new_tokens=8)
@@ -229,9 +230,9 @@ def preload():
     """Import here, once, what unlearn.py imports late: forked processes have it at once."""
     import matplotlib.pyplot  # noqa: F401
     import torch._dynamo  # noqa: F401
-    tokenizer = data.demo_tokenizer()
+    tokenizer = demo_tokenizer()
     with tempfile.TemporaryDirectory() as root:
-        models.save_model(models.tiny_llama(tokenizer, PROC, 0), tokenizer, root)
+        models.save_model(tiny_llama(tokenizer, 0), tokenizer, root)
         models.load_model(root, PROC)
 
 
@@ -397,7 +398,7 @@ class Bench:
     def __init__(self, root):
         self.root = root
         write_data(root)
-        self.tokenizer = data.demo_tokenizer()
+        self.tokenizer = demo_tokenizer()
         self.lm = self.save_tiny("model", seed=0)
         self.save_tiny("retain", seed=1)
         self.config = configs.make(evaluate.Config, {
@@ -408,7 +409,7 @@ class Bench:
         self.muse = self.muse_sets()
 
     def save_tiny(self, name, seed):
-        lm = models.tiny_llama(self.tokenizer, PROC, seed, hidden=16, layers=1, heads=1)
+        lm = tiny_llama(self.tokenizer, seed, hidden=16, layers=1, heads=1)
         models.save_model(lm, self.tokenizer, str(self.root / name))
         return models.load_model(str(self.root / name), PROC)
 

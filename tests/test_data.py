@@ -3,12 +3,13 @@
 Where an answer begins and ends under the tokenizers of the field, and what files may hold.
 """
 import json
+import runpy
 
 import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import PROC, SHARED, needs_shared
+from conftest import PROC, ROOT, SHARED, demo_tokenizer, needs_shared, tiny_llama
 from tokenizers import decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE, WordLevel
 
@@ -170,7 +171,7 @@ def test_a_row_of_text_is_scored_from_its_second_token():
 def test_a_row_of_several_examples_scores_each_as_alone_even_where_its_prompt_holds_an_eos():
     """No token of ours marks a border: Llama-3's chat format has EOS inside the prompt."""
     tokenizer = llama3()
-    lm = models.tiny_llama(tokenizer, PROC, 0)
+    lm = tiny_llama(tokenizer, 0)
     template = data.Template("chat", tokenizer, SYSTEM_PROMPT, DATE)
     short = template.encode({"question": "Who?", "answer": "Yes"}, 500)
     long = template.encode({"question": "What did Ada write?", "answer": "poems " * 20}, 500)
@@ -208,7 +209,12 @@ def test_the_real_tofu_has_its_published_sizes():
 
 def test_the_demo_is_always_the_same_and_retain_and_forget_share_no_author():
     bench = data.demo()
-    assert bench == data.demo()
+    written = runpy.run_path(str(ROOT / "configs" / "demo_rows" / "make.py"))
+    sets = written["make_rows"]()
+    assert sets["forget"] == bench.forget and sets["retain"] == bench.retain
+    assert sets["holdout"] == bench.holdout
+    vocabulary = written["train_tokenizer"](sets).get_vocab()
+    assert vocabulary == demo_tokenizer().get_vocab()
     assert (len(bench.forget), len(bench.retain), len(bench.full)) == (40, 360, 480)
     rows = bench.forget + bench.retain
     assert len({row["question"] for row in rows}) == 400

@@ -400,7 +400,7 @@ def test_a_run_of_other_settings_is_refused_but_not_one_that_gives_the_same_resu
 def test_the_target_of_a_run_that_was_killed_is_taken_only_when_it_is_finished(
         tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    c = configs.make(unlearn.Config, {"base_model": "tiny"})
+    c = configs.make(unlearn.Config, {"base_model": "tiny_llama"})
     target = tmp_path / "out" / "target"
     target.mkdir(parents=True)
     assert unlearn.to_be_made(c, "out/target")

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def test_a_seed_draws_other_sequences_and_the_same_seed_the_same():
 
 
 def test_the_tokenizer_knows_the_ten_states_and_nothing_else():
-    tokenizer = data.markov_tokenizer()
+    tokenizer = models.load_tokenizer("tiny_gpt2")
     assert len(tokenizer) == 10
     assert tokenizer("3 0 9")["input_ids"] == [3, 0, 9] and tokenizer.decode([3, 0]) == "3 0"
     data.check_tokenizer(tokenizer, "markov")
@@ -156,13 +157,16 @@ def runs(tmp_path_factory):
 
     No retain model is needed.
     """
-    words = [CONFIG, "--retain_model=None", "--device=cpu", "--finetune_lr=2e-3",
-             "--finetune_epochs=2", "--eval_rows=100", "--eval_at=4,8,12,16,20,24,28,32,36,40"]
-    small = functools.partial(models.tiny_gpt2, hidden=64, layers=2)
+    words = [CONFIG, "--base_model=./small", "--retain_model=None", "--device=cpu",
+             "--finetune_lr=2e-3", "--finetune_epochs=2", "--eval_rows=100",
+             "--eval_at=4,8,12,16,20,24,28,32,36,40"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "tiny_gpt2", small)
         patch.setattr(data, "markov", draw)
         patch.chdir(tmp_path_factory.mktemp("markov"))
+        shutil.copytree(ROOT / "configs" / "tiny_gpt2", "small")
+        config = Path("small/config.json")
+        shape = json.loads(config.read_text()) | {"n_embd": 64, "n_inner": 64, "n_layer": 2}
+        config.write_text(json.dumps(shape | {"initializer_range": (3 * 64) ** -0.5}))
         for subset, loss, beta, steps in (
                 ("short", "npo", 1, 40), ("short", "simnpo", 4, 40), ("unseen", "npo", 1, 1)):
             unlearn.main([*words, f"--subset={subset}", f"--model=out/{subset}_target",

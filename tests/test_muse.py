@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import PROC, log_of
+from conftest import log_of, tiny_llama
 from rouge_score import rouge_scorer
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
@@ -126,7 +126,7 @@ def muse(tmp_path_factory):
         texts += [row["text"] + row["question"] + "\nAnswer: " for row in rows]
     tokenizer = tokenizer_of(" ".join(texts))
     (root / "base").mkdir()
-    models.save_model(models.tiny_llama(tokenizer, PROC, 0), tokenizer, str(root / "base"))
+    models.save_model(tiny_llama(tokenizer, 0), tokenizer, str(root / "base"))
     return root
 
 
