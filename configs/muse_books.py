@@ -6,7 +6,7 @@
 # Paper, appendix: lambda at most 0.25. Authors' README: retain weight 0.1.
 # For this loss, on log-probs, no published value exists: configs/muse_news.py.
 #
-# Memory: as configs/muse_news.py says, 17 GB a GPU on eight, 124 GB on one alone.
+# Memory: as configs/muse_news.py says, 29 GB a GPU on eight, 136 GB on one alone.
 from configs.muse_news import *  # noqa: F403  # what is not said here
 
 subset = "books"

@@ -5,7 +5,7 @@
 # NPO's rows keep a second model, 2 GB more a GPU on eight:
 #   --forget_loss=muse_npo --beta=0.1 --retain_loss=nll --retain_weight=1
 #   --forget_loss=muse_npo --beta=0.1 --retain_loss=muse_kl --retain_weight=2048  (a chunk's tokens)
-# Memory, by --plan=True: 10 GB a GPU on eight, 56 GB on one.
+# Memory, by --plan=True: 22 GB a GPU on eight, 67 GB on one.
 # What still differs from the authors' run:
 #   whole batches of 4 only;
 #   retain partners are drawn anew each epoch, theirs is chunk i mod N;

@@ -8,7 +8,7 @@
 # The authors' forget set: bio_remove_dataset.jsonl of cais/wmdp-corpora (gated: ask there).
 # Their retain set: the test split of wikitext-2-raw-v1, the lines of more than 50 characters.
 # Without the two files the run stops: nothing of WMDP comes with this project.
-# Memory, by --plan=True: 10 GB a GPU on eight, 60 GB on one.
+# Memory, by --plan=True: 13 GB a GPU on eight, 73 GB on one.
 # Not run by us: no expected score. Published ones: configs/results/published.md.
 benchmark = "tofu"  # the rows are the two files'; this only says how they are scored
 template = "qa"     # has no effect: rows are plain text
@@ -35,7 +35,6 @@ grad_clip = 1.0      # transformers' default
 max_length = 512     # tokens of a text, the rest is cut off; padding to 512 is trained on too there
 dtype = "bf16_weights"  # as theirs
 parallel = "fsdp"       # on one GPU nothing is shared
-activation_checkpointing = True
 micro_batch_tokens = 2048
 eval_every = 0.0     # lm_eval scores; above 0: probabilities of the first eval_rows texts
 eval_rows = 20
