@@ -19,11 +19,15 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
+import configs
+
+if __name__ == "__main__":
+    configs.help_if_asked(__file__, "Config", __doc__)  # before the imports that take seconds
+
 import torch
 import transformers
 from torch.nn.parallel import DistributedDataParallel
 
-import configs
 import data
 import evaluate
 import losses
@@ -337,7 +341,7 @@ def check_finite(step, forget_loss, retain_loss, grad_norm, batch, groups, c):
 class Method(configs.Settings):
     """method"""
     forget_loss: str = "simnpo"  # a line of the table FORGET
-    retain_loss: str = "nll"  # a line of RETAIN
+    retain_loss: str = "nll"  # a line of the table RETAIN
     forget_weight: float = 1.0
     retain_weight: float = 1.0
     beta: float = 0.1  # inverse temperature; wga: exponent; undial: by how much a logit is lowered

@@ -14,6 +14,7 @@ import collections
 import contextlib
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
@@ -278,16 +279,17 @@ def settings(c):
 
 def differences(c, existing):
     """What makes an `existing` run.json another run's: ["lr 1e-05 there, 0.001 here", ...]."""
+    harmless = set()
+    for group in type(c).__mro__:
+        if not vars(group).get("changes_result", True):
+            harmless.update(inspect.get_annotations(group))
     found = []
-    for group, names in configs.settings_by_group(type(c)).items():
-        if not vars(group).get("changes_result", True):  # its own: a Config inherits its groups'
-            continue
-        for name in names:
-            # a setting that is younger than the run had its default
-            here, there = getattr(c, name), existing.get(name, getattr(type(c), name))
-            if json.dumps(here) != json.dumps(there):  # JSON has lists for tuples
-                found.append(f"{name} {there} there, {here} here")
-    return found
+    for name in configs.fields(type(c)).keys() - harmless:
+        # a setting that is younger than the run had its default
+        here, there = getattr(c, name), existing.get(name, getattr(type(c), name))
+        if json.dumps(here) != json.dumps(there):  # JSON has lists for tuples
+            found.append(f"{name} {there} there, {here} here")
+    return sorted(found)
 
 
 def describe(c, proc):

@@ -5,8 +5,11 @@ A usage error is one sentence with exit status 2, before a model is loaded.
 import ast
 import dataclasses
 import inspect
+import os
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,6 +87,17 @@ def test_a_config_file_is_plain_assignments_with_names_of_its_own_and_later_word
     assert words == ["out/run"] and given["epochs"] == 5.0
 
 
+def test_a_path_that_begins_with_a_tilde_is_below_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("USERPROFILE", "/home/somebody")
+    path = tmp_path / "mine.py"
+    path.write_text("model = '~/model'")
+    c, given, _ = configs.load(unlearn.Config, [str(path), "--out=~/x", "--system_prompt=a ~/b"])
+    assert (c.model, c.out) == ("/home/somebody/model", "/home/somebody/x")
+    assert given["out"] == "/home/somebody/x"
+    assert c.system_prompt == "a ~/b"
+
+
 def test_the_demo_config_is_read_only_when_nothing_else_is_asked_for():
     demo = str(ROOT / "configs" / "demo.py")
     plain, _, _ = configs.load(unlearn.Config, [], default=demo)
@@ -94,26 +108,76 @@ def test_the_demo_config_is_read_only_when_nothing_else_is_asked_for():
     assert other.batch_size == 32
 
 
-@pytest.mark.parametrize("script", [evaluate, unlearn, relearn])
-def test_help_prints_every_setting_with_default_and_comment(script, capsys):
+SCRIPTS = [(unlearn, "Config"), (evaluate, "Command"), (relearn, "Config")]
+
+
+def settings_in(text):
+    """{setting: its lines, joined} of what --help printed."""
+    found = {}
+    for entry in re.split(r"\n(?=\S|    --|\n)", text):
+        if entry.startswith("    --"):
+            found[entry.split("=")[0].strip(" -")] = " ".join(entry.split())
+    return found
+
+
+@pytest.mark.parametrize("script, name", SCRIPTS)
+def test_help_has_every_setting_with_default_and_comment_in_lines_of_100(script, name, capsys):
+    cls = getattr(script, name)
     with pytest.raises(SystemExit) as e:
-        configs.load(script.Config, ["--help"], script.__doc__)
+        configs.load(cls, ["--help"], script.__doc__)
     text = capsys.readouterr().out
     assert e.value.code == 0
-    lines = {}
-    for line in text.splitlines():
-        if line.startswith("    --"):
-            lines[line.split("=")[0].strip()] = line
-    for field in dataclasses.fields(script.Config):
-        line = lines[f"--{field.name}"]
-        assert f"--{field.name}={field.default}" in line
-        owner = next(group for group in script.Config.__mro__
+    assert max(map(len, text.splitlines())) <= 100
+    found = settings_in(text)
+    assert found.keys() == configs.fields(cls).keys()
+    for field in dataclasses.fields(cls):
+        assert found[field.name].startswith(f"--{field.name}={field.default}")
+        owner = next(group for group in cls.__mro__
                      if field.name in inspect.get_annotations(group))
         source = inspect.getsource(owner)
         comment = re.search(rf"\n    {field.name}: [^\n]*?  # ([^\n]*)", source)
         if comment:
-            assert comment[1] in line
-    assert re.search(r"--micro_batch_tokens=\d+ .*memory, never the result", text)
+            assert " ".join(comment[1].split()) in found[field.name]
+    assert "memory, never the result" in found["micro_batch_tokens"]
+
+
+def test_help_names_the_losses_and_every_other_choice(capsys):
+    with pytest.raises(SystemExit):
+        configs.load(unlearn.Config, ["--help"])
+    found = settings_in(capsys.readouterr().out)
+    assert found["forget_loss"].endswith(f"(one of {', '.join(unlearn.FORGET)})")
+    assert found["retain_loss"].endswith(f"(one of {', '.join(unlearn.RETAIN)})")
+    assert found["schedule"].endswith("(one of linear, cosine, constant)")
+
+
+@pytest.mark.parametrize("script, name", SCRIPTS)
+def test_help_imports_nothing_slow_and_is_there_at_once(script, name):
+    """A script that finds no torch at all still helps."""
+    file = Path(script.__file__).name
+    without_torch = (f"import runpy, sys; sys.modules['torch'] = None; sys.path[0] = {str(ROOT)!r};"
+                     f"sys.argv = [{file!r}, '--help']; runpy.run_path({str(ROOT / file)!r}, None, "
+                     "'__main__')")
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", without_torch], capture_output=True, text=True)
+    assert time.monotonic() - began < 2
+    assert (done.returncode, done.stderr) == (0, "")
+    assert settings_in(done.stdout).keys() == configs.fields(getattr(script, name)).keys()
+
+
+def test_help_fits_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        configs.load(unlearn.Config, ["--help"], "usage")
+    assert 70 < max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_help_into_a_pipe_that_is_closed_is_a_normal_end():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, str(ROOT / "unlearn.py"), "--help"], stdout=writer,
+                          stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +212,9 @@ class Grouped(Data, Training):
     lr: float = 0.5  # an attack's own
 
 
-HELP = """
+HELP = """usage
+Settings, --key=value (a config file has the same names, plain assignments):
+
   what is unlearned
     --subset=None                        its name
 
@@ -159,8 +225,9 @@ HELP = """
 
 
 def test_help_has_the_groups_in_the_order_of_the_bases_and_a_new_default_in_its_group(capsys):
-    configs.show_help(Grouped, "usage")
-    assert capsys.readouterr().out.endswith(HELP)
+    with pytest.raises(SystemExit):
+        configs.parse(Grouped, ["--help"], "usage")
+    assert capsys.readouterr().out == HELP
     assert configs.fields(Grouped) == {"subset": str | None, "lr": float, "batch_size": int}
 
 
