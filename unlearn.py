@@ -581,7 +581,8 @@ def finetune(c, proc, rows, title):
         tokenizer, groups = load_groups(c, proc, c.base_model, forget=rows)
         check_memory(c, proc, c.base_model, groups)
         lm, tokenizer = evaluate.load(c.base_model, c, proc)
-    run.start()
+    if not run.start():
+        return
     with run.watch_signals(), proc.clock.phase("training"):
         train(c, proc, lm, groups, run=run, title=title)
     finish(run, lm, tokenizer)
@@ -703,7 +704,8 @@ def unlearn(c, proc, run, bench, start):
     trajectory = Trajectory(c, proc, lm, tokenizer, bench) if scored else None
     after = FORGET[c.forget_loss].after
     run.resumable = after is None
-    run.start()
+    if not run.start():
+        return
     # a model that is changed after training is scored after that, and not on the way
     during = dataclasses.replace(c, eval_every=0.0, eval_at=()) if after else c
     with run.watch_signals(), proc.clock.phase("training"):
@@ -752,7 +754,6 @@ def main(argv):
     proc = evaluate.setup(c)
     run = rundir.RunDirectory(c, proc)
     if not c.plan and run.claim():
-        proc.say(f"{c.out} is finished; --overwrite=True runs it again.")
         table = os.path.join(c.out, "table.txt")
         if os.path.isfile(table):
             proc.say(data.read_text(table))
