@@ -5,6 +5,7 @@ A usage error is one sentence with exit status 2, before a model is loaded.
 import ast
 import dataclasses
 import inspect
+import io
 import os
 import re
 import subprocess
@@ -13,7 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import PROC, ROOT, run_script
+from matplotlib.figure import Figure
 
 import configs
 import evaluate
@@ -258,8 +260,8 @@ def test_under_torchrun_a_usage_error_is_printed_by_one_rank_only():
     assert done.stderr.count("did you mean 'lr'") == 1
 
 
-@pytest.mark.parametrize("module", [configs, rundir])
-def test_settings_and_run_directories_need_the_standard_library_only(module):
+@pytest.mark.parametrize("module, more", [(configs, set()), (rundir, {"tqdm"})])
+def test_settings_need_the_standard_library_only_and_run_directories_tqdm(module, more):
     names = set()
     for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
         if isinstance(node, ast.Import):
@@ -267,7 +269,7 @@ def test_settings_and_run_directories_need_the_standard_library_only(module):
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module.split(".")[0])
     optional = {"matplotlib", "wandb"}  # both only where asked for
-    assert names - optional - {"configs"} <= sys.stdlib_module_names
+    assert names - optional - more - {"configs"} <= sys.stdlib_module_names
 
 
 OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {})  # as torch calls it
@@ -296,3 +298,97 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(ZeroDivisionError):
         configs.run(broken)
+
+
+# ------------------------------------------------------------------------------------------------
+# pictures
+
+
+CURVE = [{"epoch": 0.0, "model_utility": 0.7, "forget_quality": 1e-7},
+         {"epoch": 1.0, "model_utility": 0.72, "forget_quality": 0.9},
+         {"epoch": 2.0, "model_utility": 0.71, "forget_quality": 0.8}]
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """The figure of a picture of one run, its target and its retain model."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig",
+                        lambda figure, path, **_: [figures.append(figure), Path(path).touch()])
+    points = {"target": CURVE[0], "retain model": {"model_utility": 0.75, "forget_quality": 1.0}}
+    configs.picture(str(tmp_path / "a.png"), {"mine": CURVE}, points, "model_utility",
+                    "forget_quality")
+    return figures[0]
+
+
+def test_the_legend_of_a_picture_is_beside_its_points_and_names_the_line_at_0_05(drawn):
+    drawn.draw_without_rendering()
+    [legend] = drawn.legends
+    labels = [text.get_text().split(";")[0] for text in legend.get_texts()]
+    assert labels == ["mine", "target", "retain model", "p = 0.05"]
+    [axes] = drawn.axes
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
+def test_the_last_epoch_is_written_beside_its_own_point_with_a_line_to_it(drawn):
+    [label] = drawn.axes[0].texts
+    assert label.get_text() == "epoch 2"
+    assert label.xy == (0.71, 0.8)
+    assert label.arrow_patch is not None
+
+
+def test_a_picture_is_a_file_that_is_whole(tmp_path):
+    path = tmp_path / "a.png"
+    configs.picture(str(path), {"mine": CURVE, "none": []}, {}, "epoch", "model_utility")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+# ------------------------------------------------------------------------------------------------
+# progress
+
+
+def lines_of(printed):
+    return [line for line in printed.splitlines() if line.strip()]
+
+
+def test_progress_without_a_terminal_is_a_line_at_every_tenth(capsys):
+    bar = PROC.progress(range(3, 41), "simnpo", total=40, initial=2, leave=True, miniters=1,
+                        mininterval=0)
+    for step in bar:
+        bar.set_postfix(forget=f"{step / 2:.3f}", retain="0.100", refresh=False)
+    lines = lines_of(capsys.readouterr().err)
+    shown = [re.search(r"(\d+)/40 ", line)[1] for line in lines]
+    assert shown == ["4", "8", "12", "16", "20", "24", "28", "32", "36", "40"]
+    assert re.fullmatch(r"simnpo: +50%\|.*\| 20/40 \[.*<\d\d:\d\d, .*forget=10.000, "
+                        r"retain=0.100\]", lines[4])
+
+
+def test_a_bar_of_scoring_is_silent_for_a_minute_and_prints_a_line_in_each_after_that(
+        capsys, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    for _ in PROC.progress(range(8), "scoring"):
+        clock[0] += 25
+    shown = [re.search(r"(\d)/8 ", line)[1] for line in lines_of(capsys.readouterr().err)]
+    assert shown == ["3", "5", "8"]  # 75, 125 and 200 seconds; item 7 is at 175
+
+
+@pytest.mark.parametrize("rank, title", [(1, "simnpo"), (0, None)])
+def test_other_ranks_and_nameless_work_show_no_progress(rank, title, capsys):
+    proc = dataclasses.replace(PROC, rank=rank)
+    bar = proc.progress(range(30), title, leave=True)
+    for _ in bar:
+        bar.set_postfix(forget="1", refresh=True)
+    assert list(proc.progress([], "nothing")) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_in_a_terminal_is_one_line_that_is_written_again(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for _ in PROC.progress(range(3), "simnpo", leave=True, mininterval=0):
+        pass
+    assert terminal.getvalue().count("\rsimnpo: ") >= 3
+    assert terminal.getvalue().count("\n") == 1
