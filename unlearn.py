@@ -281,12 +281,7 @@ def prepare_references(lm, groups, terms, c, proc):
 
 def wrap_model(lm, terms, c, proc):
     """The model as the loop calls it: checkpointed, compiled, and DDP's, where that is set."""
-    reads_hidden = any(term.hidden for term in terms.values())
-    n_layers = lm.config.get_text_config().num_hidden_layers
-    if reads_hidden and c.steering_layer >= n_layers - 1:
-        # the last layer's output is known after the final norm only
-        raise UsageError(f"--steering_layer={c.steering_layer}: the model has {n_layers} layers, "
-                         "counted from 0; it must be below the last.")
+    reads_hidden = check_layers(lm, terms, c)
     if c.activation_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         lm.train()  # transformers recomputes in this mode only; there is no dropout
@@ -296,6 +291,16 @@ def wrap_model(lm, terms, c, proc):
         model = DistributedDataParallel(
             model, gradient_as_bucket_view=True, find_unused_parameters=reads_hidden)
     return model
+
+
+def check_layers(lm, terms, c):
+    """Does a loss read a layer's output? The last one's is known after the final norm only."""
+    reads_hidden = any(term.hidden for term in terms.values())
+    n_layers = lm.config.get_text_config().num_hidden_layers
+    if reads_hidden and c.steering_layer >= n_layers - 1:
+        raise UsageError(f"--steering_layer={c.steering_layer}: the model has {n_layers} layers, "
+                         "counted from 0; it must be below the last.")
+    return reads_hidden
 
 
 def row_budget(c, proc, lm, groups):
@@ -581,6 +586,7 @@ def finetune(c, proc, rows, title):
         tokenizer, groups = load_groups(c, proc, c.base_model, forget=rows)
         check_memory(c, proc, c.base_model, groups)
         lm, tokenizer = evaluate.load(c.base_model, c, proc)
+    n_steps(c, len(groups["forget"]))  # refused, if it is, before anything is written
     if not run.start():
         return
     with run.watch_signals(), proc.clock.phase("training"):
@@ -695,6 +701,7 @@ def unlearn(c, proc, run, bench, start):
     steps = n_steps(c, len(groups["forget"]))
     check_memory(c, proc, start, groups)
     lm, tokenizer = evaluate.load(start, c, proc)
+    check_layers(lm, loss_terms(c), c)  # before anything is written
     proc.say(
         f"{c.out}: {c.forget_loss} (weight {c.forget_weight:g}) and {c.retain_loss} on retain "
         f"(weight {c.retain_weight:g}), {len(groups['forget'])} forget and {len(groups['retain'])} "
