@@ -20,12 +20,16 @@ import re
 import zlib
 from collections.abc import Callable
 
+import configs
+
+if __name__ == "__main__":
+    configs.help_if_asked(__file__, "Command", __doc__)  # before the imports that take seconds
+
 import numpy as np
 import scipy.stats
 import torch
 from rouge_score import rouge_scorer
 
-import configs
 import data
 import losses
 import model as models

@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import functools
 import inspect
+import io
 import json
 import math
 import os
@@ -125,9 +126,11 @@ class Process:
         return [batches[i % len(batches)] for i in range(self.rank, n, self.world)]
 
     def progress(self, items, title: str | None, **options):
-        """A progress bar on rank 0, in a terminal."""
+        """A progress bar on rank 0; where stderr is no terminal, lines."""
+        file = sys.stderr if sys.stderr.isatty() else io.StringIO()
         hidden = self.rank > 0 or not title
-        return tqdm(items, title, disable=hidden or None, **{"leave": False} | options)
+        return rundir.Progress(
+            items, title, file=file, disable=hidden, **{"leave": False} | options)
 
     def barrier(self):
         if self.world > 1:
@@ -136,6 +139,7 @@ class Process:
     def say(self, text):
         if self.rank == 0:
             tqdm.write(text)
+            sys.stdout.flush()  # in the order of what goes to stderr, in a file too
 
 
 def setup(device="auto", dtype="fp32", parallel="ddp", threads: int | None = None,
@@ -801,7 +805,10 @@ def memory_gb(device):
     """Peak memory so far in GB (10^9 bytes), of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource  # not on Windows
+    try:
+        import resource
+    except ImportError:
+        return 0.0  # not known on Windows
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -864,5 +871,7 @@ def capacity_gb(proc):
     """Memory of this process's GPU, or its part of this machine's."""
     if proc.device.type == "cuda":
         return torch.cuda.mem_get_info(proc.device)[1] / 1e9
+    if not hasattr(os, "sysconf"):
+        return math.inf  # not known on Windows
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return machine / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 1e9

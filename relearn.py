@@ -19,10 +19,14 @@ import json
 import os
 import random
 
+import configs
+
+if __name__ == "__main__":
+    configs.help_if_asked(__file__, "Config", __doc__)  # before the imports that take seconds
+
 import numpy as np
 import torch
 
-import configs
 import data
 import evaluate
 import model as models

@@ -19,11 +19,15 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
+import configs
+
+if __name__ == "__main__":
+    configs.help_if_asked(__file__, "Config", __doc__)  # before the imports that take seconds
+
 import torch
 import transformers
 from torch.nn.parallel import DistributedDataParallel
 
-import configs
 import data
 import evaluate
 import losses
@@ -277,12 +281,7 @@ def prepare_references(lm, groups, terms, c, proc):
 
 def wrap_model(lm, terms, c, proc):
     """The model as the loop calls it: checkpointed, compiled, and DDP's, where that is set."""
-    reads_hidden = any(term.hidden for term in terms.values())
-    n_layers = lm.config.get_text_config().num_hidden_layers
-    if reads_hidden and c.steering_layer >= n_layers - 1:
-        # the last layer's output is known after the final norm only
-        raise UsageError(f"--steering_layer={c.steering_layer}: the model has {n_layers} layers, "
-                         "counted from 0; it must be below the last.")
+    reads_hidden = check_layers(lm, terms, c)
     if c.activation_checkpointing:
         enable = getattr(lm, "activation_checkpointing_enable", None)  # transformers 5
         (enable or lm.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -293,6 +292,16 @@ def wrap_model(lm, terms, c, proc):
         model = DistributedDataParallel(
             model, gradient_as_bucket_view=True, find_unused_parameters=reads_hidden)
     return model
+
+
+def check_layers(lm, terms, c):
+    """Does a loss read a layer's output? The last one's is known after the final norm only."""
+    reads_hidden = any(term.hidden for term in terms.values())
+    n_layers = lm.config.get_text_config().num_hidden_layers
+    if reads_hidden and c.steering_layer >= n_layers - 1:
+        raise UsageError(f"--steering_layer={c.steering_layer}: the model has {n_layers} layers, "
+                         "counted from 0; it must be below the last.")
+    return reads_hidden
 
 
 def row_budget(c, proc, lm, groups):
@@ -338,7 +347,7 @@ def check_finite(step, forget_loss, retain_loss, grad_norm, batch, groups, c):
 class Method(configs.Settings):
     """method"""
     forget_loss: str = "simnpo"  # a line of the table FORGET
-    retain_loss: str = "nll"  # a line of RETAIN
+    retain_loss: str = "nll"  # a line of the table RETAIN
     forget_weight: float = 1.0
     retain_weight: float = 1.0
     beta: float = 0.1  # inverse temperature; wga: exponent; undial: by how much a logit is lowered
@@ -569,7 +578,9 @@ def finetune(c, proc, rows, title):
     else:
         proc.say(f"{c.base_model} holds no weights: they are drawn at random")
         lm = models.random_model(c.base_model, proc, c.seed)
-    run.start()
+    n_steps(c, len(groups["forget"]))  # refused, if it is, before anything is written
+    if not run.start():
+        return
     with run.watch_signals(), proc.clock.phase("training"):
         train(c, proc, lm, groups, run=run, title=title)
     finish(run, lm, tokenizer)
@@ -709,6 +720,7 @@ def unlearn(c, proc, run, bench, start):
     if c.plan:
         return
     lm, _ = evaluate.load(start, c, proc, tokenizer)
+    check_layers(lm, loss_terms(c), c)  # before anything is written
     proc.say(
         f"{c.out}: {c.forget_loss} (weight {c.forget_weight:g}) and {c.retain_loss} on retain "
         f"(weight {c.retain_weight:g}), {len(groups['forget'])} forget and {len(groups['retain'])} "
@@ -718,7 +730,8 @@ def unlearn(c, proc, run, bench, start):
     trajectory = Trajectory(c, proc, lm, tokenizer, bench) if scored else None
     after = FORGET[c.forget_loss].after
     run.resumable = after is None
-    run.start()
+    if not run.start():
+        return
     # a model that is changed after training is scored after that, and not on the way
     during = dataclasses.replace(c, eval_every=0.0, eval_at=()) if after else c
     with run.watch_signals(), proc.clock.phase("training"):
@@ -769,7 +782,6 @@ def main(argv):
         c = fit_to_own_rows(c, given, proc)
     run = rundir.RunDirectory(c, proc)
     if not c.plan and run.claim():
-        proc.say(f"{c.out} is finished; --overwrite=True runs it again.")
         table = os.path.join(c.out, "table.txt")
         if os.path.isfile(table):
             proc.say(data.read_text(table))

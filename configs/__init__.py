@@ -7,6 +7,7 @@ then from --key=value on the command line; later words win. A config file is Pyt
 in a namespace of its own: read one before you run it, as you would any script. Every name it
 assigns must be a setting; names that start with _ are the file's own.
 """
+import ast
 import csv
 import difflib
 import inspect
@@ -15,9 +16,11 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import statistics
 import sys
+import textwrap
 import threading
 import time
 import types
@@ -73,8 +76,7 @@ def explain(error):
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the file system'}: {error.strerror}."
-    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if out_of_memory or "DefaultCPUAllocator" in text:
+    if re.search("MemoryError|DefaultCPUAllocator", type(error).__name__ + text):
         return (f"out of memory ({text[:200]}) Lower --micro_batch_tokens: the result stays the "
                 "same.")
     return text if isinstance(error, (UsageError, Failure)) else ""
@@ -132,9 +134,7 @@ def parse(cls, argv, usage="", default=None):
     A word that ends in .py is a config file. `default` is the one to use where none is named,
     unless --benchmark or --forget_data asks for other rows.
     """
-    if "--help" in argv or "-h" in argv:
-        show_help(cls, usage)
-        raise SystemExit(0)
+    help_if_asked(inspect.getfile(cls), cls.__name__, usage, argv)
     files, words, flags = [], [], {}
     for word in argv:
         name, equals, value = word.removeprefix("--").partition("=")
@@ -227,7 +227,7 @@ def convert_scalar(value, kind):
         value = float(str(value))  # an int too large for a float becomes inf
     if not isinstance(value, kind) or kind is float and not math.isfinite(value):
         raise ValueError
-    return value
+    return os.path.expanduser(value) if kind is str else value
 
 
 def type_name(kind):
@@ -242,50 +242,59 @@ def type_name(kind):
     return "a finite number" if kind is float else kind.__name__
 
 
-def settings_by_group(cls):
-    """{class: its settings}, in the order of `class Config(A, B, C)`.
-
-    A setting that a subclass declares again, with another default, stays in its group.
-    """
-    found, seen = {}, set()
-    for group in reversed(cls.__mro__):
-        names = inspect.get_annotations(group)
-        found[group] = [name for name in names if name not in seen]
-        seen.update(names)
-    return dict(reversed(found.items()))
-
-
 def fields(cls):
-    """{setting: type}, in the order of --help."""
-    kinds = typing.get_type_hints(cls)
-    return {name: kinds[name] for names in settings_by_group(cls).values() for name in names}
+    """{setting: type}."""
+    return typing.get_type_hints(cls)
 
 
-def comments(cls):
-    """{setting: its comment}, which may go on below it, indented deeper."""
-    found = {}
-    for group in reversed(cls.__mro__[:-1]):  # a subclass's comment replaces that of its base
-        source = inspect.getsource(group)
-        for name in inspect.get_annotations(group):
-            comment = re.search(rf"^    {name}: [^#\n]*  # (.*(?:\n {{5,}}# .*)*)", source, re.M)
-            found[name] = re.sub(r"\n +# ", " ", comment[1]) if comment else ""
-    return found
+# ------------------------------------------------------------------------------------------------
+# --help, from the text of the scripts: to import torch for it would take seconds
 
 
-def show_help(cls, usage):
-    """Print every setting with its default and comment, under the title of its group."""
-    print(usage.strip(), "\n\nSettings, --key=value (a config file is the same names, as plain "
-          "assignments):")
-    kinds, helps = fields(cls), comments(cls)
-    for group, names in settings_by_group(cls).items():
-        if names:
-            print(f"\n  {group.__doc__.splitlines()[0]}")
-        for name in names:
-            flag = f"--{name}={getattr(cls, name)}"
-            choices = ""
-            if typing.get_origin(kinds[name]) is typing.Literal:
-                choices = f" ({type_name(kinds[name])})"
-            print(f"    {flag:<36} {helps[name]}{choices}".rstrip())
+def help_if_asked(path, name, usage, argv=sys.argv):
+    """If argv asks for help, print the settings of class `name` of the file `path`, and exit."""
+    if "--help" in argv or "-h" in argv:
+        lines = {"": "Settings, --key=value (a config file has the same names, plain assignments):"}
+        read_settings(path, name, lines)
+        try:
+            print(usage, *lines.values(), sep="\n", flush=True)
+        except BrokenPipeError:
+            os._exit(0)  # `| head` has read enough
+        raise SystemExit(0)
+
+
+FIELD = r"^    (\w+): (.*?) = (.*?)(?:  # (.*(?:\n {5,}# .*)*))?$"
+
+
+def read_settings(path, name, lines):
+    """Add a class to `lines`, {setting or title of a group: its lines}, behind its bases.
+
+    A new default of a subclass stays in the group of its base. Defaults are literals. A comment may
+    go on below its setting, indented deeper; "of the table FORGET" in it names all of that table.
+    """
+    with open(path, encoding="utf8") as f:
+        text = f.read()
+    [(bases, title, body)] = re.findall(
+        rf'^class {name}\((.*?)\):\n(?:    """(.*?)["\n])?(.*?)(?=^\S|\Z)', text, re.M | re.S)
+    for module, base in re.findall(r"(?:(\w+)\.)?(\w+)", bases):
+        renamed = re.search(rf"^import (\w+) as {module}$", text, re.M)
+        file = os.path.join(os.path.dirname(path), f"{renamed[1] if renamed else module}.py")
+        if base != "Settings":
+            read_settings(file if module else path, base, lines)
+    if title:
+        lines[f"group {title}"] = f"\n  {title}"
+    width = min(100, shutil.get_terminal_size((100, 24)).columns)
+    for setting, kind, default, comment in re.findall(FIELD, body, re.M):
+        comment = re.sub(r"\n +# ", " ", comment)
+        choices = re.findall('"(.*?)"', kind)  # of a Literal
+        for table in re.findall(r"of the table (\w+)", comment):
+            rows = text.split(f"\n{table} = {{\n")[1].split("\n}\n")[0]
+            choices += re.findall(r'^    "(\w+)"', rows, re.M)
+        if choices:
+            comment += f" (one of {', '.join(choices)})"
+        flag = f"--{setting}={ast.literal_eval(default)}"
+        lines[setting] = textwrap.fill(f"    {flag:<36} {comment}", width,
+                                       subsequent_indent=" " * 41, break_on_hyphens=False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -332,7 +341,6 @@ def show_tables(tables, arrows, path=None):
             shown[f"{title}: mean and standard deviation over seeds"] = means
     if path:
         from configs.rundir import write  # which imports this module
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         write(f"{path}.csv", csv_text(shown))
         texts = [markdown(title, rows, arrows) for title, rows in shown.items()]
         write(f"{path}.md", "\n\n".join(texts) + "\n")
@@ -427,30 +435,27 @@ def samples(models_records, n=3):
 
 def picture(path, curves, points, x, y):
     """Draw curves {label: [scores]} and points {label: scores} in the plane of two scores."""
-    import matplotlib
-    matplotlib.use("Agg")  # no display
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(6, 4.5))
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
     for label, curve in curves.items():
         curve = [scores for scores in curve if x in scores and y in scores]
         xs, ys = [scores[x] for scores in curve], [scores[y] for scores in curve]
         axes.plot(xs, ys, ".-", label=label)
-        if curve and x != "epoch":
-            axes.annotate(f"epoch {curve[-1]['epoch']:g}", (xs[-1], ys[-1]), fontsize=8,
-                          xytext=(4, -10), textcoords="offset points")
+        if curve and x != "epoch":  # curves fold: a line leads from the words to their point
+            axes.annotate(f"epoch {curve[-1]['epoch']:g}", (xs[-1], ys[-1]), (-40, -30),
+                          textcoords="offset points", fontsize=8, arrowprops={"arrowstyle": "-"})
     for label, scores in points.items():
         if x in scores and y in scores:
-            marker, size = ("*", 12) if "retain" in label else ("s", 7)
-            axes.plot(scores[x], scores[y], marker, markersize=size, label=label)
+            look = "k*" if "retain" in label else "s"
+            axes.plot(scores[x], scores[y], look, markersize=9, label=label)
     if y == "forget_quality":
         axes.set_yscale("log")
-        # above this line a model cannot be told from the retain model
-        axes.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
+        axes.axhline(0.05, color="gray", linestyle=":",
+                     label="p = 0.05; above it, no\ndifference from retain shows")
     if x == "model_utility":
         axes.set_xlim(0, 1)  # the whole range: a loss of two per cent should look like one
     axes.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
-    axes.legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path + ".tmp", dpi=150, format="png")
     os.replace(path + ".tmp", path)  # a file that exists is whole
-    pyplot.close(figure)

@@ -14,6 +14,7 @@ import collections
 import contextlib
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
@@ -22,19 +23,60 @@ import shutil
 import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+
+from tqdm import tqdm
 
 import configs
 from configs import Failure, UsageError
 
 # a kill between two renames leaves the checkpoint under one of the other names
 CHECKPOINTS = ("checkpoint", "checkpoint.new", "checkpoint.old")
-RESULTS = ("config.json", "scores.json", "examples.jsonl", "table.txt", "trajectory.png",
-           "relearn.json", "relearn.png", "relearn.md", "relearn.csv")
-NUMBERED_RESULTS = r"model.*\.safetensors.*|epoch_[\d.]+|checkpoint|.*\.\d+\.tmp"
+RESULTS = (r"config\.json|scores\.json|examples\.jsonl|table\.txt|README\.md|trajectory\.png|"
+           r"relearn\.(json|png|md|csv)|model.*\.safetensors.*|epoch_[\d.]+|checkpoint|.*\.\d+\.tmp")
+
+# what `hf upload` and git leave out: the forgotten rows in clear, and what is of no use there
+GITIGNORE = "examples.jsonl\ntable.txt\ncheckpoint*\nrelearn/\n.lock\n*.tmp\n"
+CARD = """---
+base_model: {base}
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- unlearning
+- {forget_loss}
+---
+
+# {name}
+
+`{base}`, trained on {rows} with the losses below. `run.json` has every setting, `log.jsonl` every
+step.
+
+| setting | value |
+|---|---|
+| forget loss and its weight | {forget_loss}, {forget_weight:g} |
+| retain loss and its weight | {retain_loss}, {retain_weight:g} |
+| steps, forget examples in each | {n_steps}, {batch_size} |
+| learning rate | {lr:g} |
+| seed | {seed} |
+
+| score | value |
+|---|---|
+{scores}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")
+```
+
+<!-- To publish from this directory: `hf upload USER/{name} . . --exclude=examples.jsonl
+--exclude=table.txt`. Those two hold forgotten rows in clear; .gitignore keeps them out too. -->
+"""
 
 
 class Clock:
@@ -69,6 +111,24 @@ class Clock:
         self.spent.clear()
 
 
+class Progress(tqdm):
+    """A bar in a terminal; elsewhere (SLURM, nohup, notebooks) a line a minute.
+
+    With `leave` a line at every tenth too.
+    """
+    shown = 0, 0  # minute and tenth of the last line
+
+    def display(self, msg=None, pos=None):
+        """tqdm calls it after each item, at most ten times a second."""
+        tenth = self.leave and 10 * self.n // (self.total or 1)
+        now = self.format_dict["elapsed"] // 60, tenth
+        if sys.stderr.isatty():
+            super().display(msg, pos)
+        elif now != self.shown:
+            print(self, file=sys.stderr)
+            self.shown = now
+
+
 class RunDirectory:
     """out/NAME: a run's model, settings, log and scores; its checkpoint while it is unfinished."""
 
@@ -99,6 +159,7 @@ class RunDirectory:
                              "give another --out, or --overwrite=True to replace it.")
         if existing.get("finished"):
             self.drop_checkpoints()  # a kill in the middle of finish() leaves one
+            self.proc.say(f"{self.path} is finished; --overwrite=True runs it again.")
             return True
         if not self.c.resume:
             raise UsageError(f"{self.path} holds this run, unfinished; --resume=True goes on, "
@@ -106,34 +167,68 @@ class RunDirectory:
         return False
 
     def start(self):
-        """Write run.json; unless the run resumes, remove what an earlier one left."""
+        """Write run.json; unless the run resumes, remove what an earlier one left.
+
+        False if another process made this very run: it was waited for.
+        """
+        if self.proc.rank == 0:
+            write(self.path / ".gitignore", GITIGNORE)
+            self.lock()
+        self.proc.barrier()
+        if self.claim():
+            return False
         if self.proc.rank == 0:
             resumes = self.c.resume and any((self.path / name).is_dir() for name in CHECKPOINTS)
             if not resumes:
                 self.drop_checkpoints()  # first: new settings must not meet an old checkpoint
-            self.write_json(describe(self.c, self.proc))
+            self.write_json({})
             for name in () if resumes else results(self.path):
-                path = self.path / name
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+                remove(self.path / name)
         self.proc.barrier()
+        return True
+
+    def lock(self):
+        """Wait for another process that writes here; a killed one's lock is gone with it."""
+        self.lock_file = open(self.path / ".lock", "w")
+        try:
+            import fcntl
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.proc.say(f"{self.path}: waiting for another process that writes it")
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass  # Windows, or a file system without locks
 
     def finish(self):
         """Mark the run finished: its model is saved, so its checkpoint is no longer needed."""
         if self.proc.rank == 0:
             self.file.close()
-            self.write_json(describe(self.c, self.proc) | self.summary())
+            write(self.path / "README.md", self.card())
+            self.write_json(self.summary())
             self.drop_checkpoints()
             seconds = self.clock.seconds()
             total = sum(seconds.values())
             shares = [f"{phase} {spent / total:.0%}" for phase, spent in seconds.items()]
             self.proc.say(f"{total:.0f} s: {', '.join(shares[:6])}")
+            self.lock_file.close()
         self.clock.reset()  # the next run of this process has its own time
         self.proc.barrier()
 
-    def write_json(self, run):
+    def card(self):
+        """The model card. It names no file and holds no row of the data."""
+        c = self.c
+        base = c.model or c.base_model
+        if os.path.isdir(base):  # `base_model` is an id on the hub, if there is one
+            base = c.base_model or Path(base).resolve().name
+        scores = read_json(self.path / "scores.json").items()
+        return CARD.format(
+            **vars(c), base=base.partition("@")[0], name=self.path.name,
+            rows="rows of one's own" if c.forget_data else f"{c.benchmark} {c.subset}",
+            n_steps=self.rows[-1]["step"],
+            scores="\n".join(f"| {name} | {configs.number(x)} |" for name, x in scores))
+
+    def write_json(self, summary):
+        run = describe(self.c, self.proc) | summary
         write(self.path / "run.json", json.dumps(run, indent=1) + "\n")
 
     def summary(self):
@@ -158,13 +253,12 @@ class RunDirectory:
         self.rows = rows_up_to(path, step) if step else []
         if self.proc.rank > 0:
             return
-        self.path.mkdir(parents=True, exist_ok=True)  # an attack or a notebook claims nothing
         write(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.file = path.open("a", encoding="utf8")
         if self.c.wandb:
             import wandb
-            config = settings(self.c)
-            self.wandb = wandb.init(project=self.c.wandb, name=self.path.name, config=config)
+            self.wandb = wandb.init(
+                project=self.c.wandb, name=self.path.name, config=vars(self.c))
 
     def log(self, row):
         """Append a row: scores, or a step's, which gets the seconds so far by phase."""
@@ -187,7 +281,7 @@ class RunDirectory:
             except (OSError, RuntimeError) as e:
                 # torch answers a full disk with a RuntimeError on top of the OSError
                 cause = e.__context__ if isinstance(e.__context__, OSError) else e
-                remove_tree(self.path / "checkpoint.new")
+                remove(self.path / "checkpoint.new")
                 raise Failure(
                     f"{self.path}: the checkpoint of step {step} could not be written "
                     f"({str(cause).splitlines()[0]}); the one before is untouched.") from None
@@ -196,7 +290,7 @@ class RunDirectory:
     def replace_checkpoint(self, write_state):
         """The checkpoint before goes only when the new one is whole, signed and on the disk."""
         here, new, old = (self.path / name for name in CHECKPOINTS)
-        remove_tree(new)
+        remove(new)
         new.mkdir()
         with open(new / "state.pt", "wb") as file:
             write_state(file)
@@ -204,11 +298,11 @@ class RunDirectory:
             os.fsync(file.fileno())
         write(new / "sha256", file_digest(new / "state.pt"))
         os.fsync(self.file.fileno())  # a checkpoint is never on the disk without its log
-        remove_tree(old)
+        remove(old)
         if here.is_dir():
             here.rename(old)
         new.rename(here)
-        remove_tree(old)
+        remove(old)
 
     def find_checkpoint(self):
         """The path of the saved state, or None; a damaged one is refused by name."""
@@ -228,7 +322,7 @@ class RunDirectory:
 
     def drop_checkpoints(self):
         for name in CHECKPOINTS:
-            remove_tree(self.path / name)
+            remove(self.path / name)
 
     # interrupts
 
@@ -238,23 +332,15 @@ class RunDirectory:
 
         For one process alone: torchrun stops several in its own way.
         """
-        before = {}
+        with contextlib.ExitStack() as handlers_before:
+            def note(number, frame):
+                self.interrupted = number
+                handlers_before.close()
 
-        def restore():
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        def note(number, frame):
-            self.interrupted = number
-            restore()
-
-        if self.proc.world == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, note)
-        try:
+            if self.proc.world == 1 and threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    handlers_before.callback(signal.signal, number, signal.signal(number, note))
             yield
-        finally:
-            restore()
 
     def stop(self, step, steps):
         """The Failure that ends an interrupted run after `step`."""
@@ -268,22 +354,19 @@ class RunDirectory:
 # what is in a run directory
 
 
-def settings(c):
-    return {name: getattr(c, name) for name in configs.fields(type(c))}
-
-
 def differences(c, existing):
     """What makes an `existing` run.json another run's: ["lr 1e-05 there, 0.001 here", ...]."""
+    harmless = set()
+    for group in type(c).__mro__:
+        if not vars(group).get("changes_result", True):
+            harmless.update(inspect.get_annotations(group))
     found = []
-    for group, names in configs.settings_by_group(type(c)).items():
-        if not vars(group).get("changes_result", True):  # its own: a Config inherits its groups'
-            continue
-        for name in names:
-            # a setting that is younger than the run had its default
-            here, there = getattr(c, name), existing.get(name, getattr(type(c), name))
-            if json.dumps(here) != json.dumps(there):  # JSON has lists for tuples
-                found.append(f"{name} {there} there, {here} here")
-    return found
+    for name in vars(c).keys() - harmless:
+        # a setting that is younger than the run had its default
+        here, there = getattr(c, name), existing.get(name, getattr(type(c), name))
+        if json.dumps(here) != json.dumps(there):  # JSON has lists for tuples
+            found.append(f"{name} {there} there, {here} here")
+    return sorted(found)
 
 
 def describe(c, proc):
@@ -291,7 +374,7 @@ def describe(c, proc):
     git = subprocess.run(["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"],
                          capture_output=True, text=True)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    return settings(c) | {
+    return vars(c) | {
         "git": git.stdout.strip() or None,
         "versions": versions | {"python": platform.python_version()},
         "device": proc.device.type,
@@ -302,8 +385,8 @@ def describe(c, proc):
 
 def results(out):
     """Names of what an earlier run left in a directory: models, scores, pictures."""
-    names = sorted(os.listdir(out)) if os.path.isdir(out) else []
-    return [name for name in names if name in RESULTS or re.fullmatch(NUMBERED_RESULTS, name)]
+    names = [path.name for path in Path(out).glob("*")]
+    return sorted(name for name in names if re.fullmatch(RESULTS, name))
 
 
 def rows_up_to(path, step):
@@ -323,10 +406,15 @@ def rows_up_to(path, step):
 
 
 def writable(out):
-    """Make a directory; if it cannot be written, say so now and not after hours of work."""
+    """If a directory cannot be written, say so now and not after hours of work.
+
+    It is not made yet: a run that is refused leaves nothing.
+    """
     try:
-        os.makedirs(out, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
+        place = Path(out).absolute()
+        while not place.exists():
+            place = place.parent
+        tempfile.TemporaryFile(dir=place).close()
     except OSError as e:
         raise UsageError(f"--out={out}: cannot be written ({e.strerror}).") from None
 
@@ -336,12 +424,10 @@ def check_digests(name):
     saved = read_json(os.path.join(name, "run.json")).get("sha256")
     if not saved:
         return
-    found = digests(name)
-    for file in saved | found:
-        if saved.get(file) != found.get(file):
-            raise Failure(f"{os.path.join(name, file)}: damaged or changed, its checksum is not "
-                          "the one in run.json; make the run again with --overwrite=True, or take "
-                          "sha256 out of run.json if you changed it yourself.")
+    for file, _ in saved.items() ^ digests(name).items():
+        raise Failure(f"{os.path.join(name, file)}: damaged or changed, its checksum is not the "
+                      "one in run.json; make the run again with --overwrite=True, or take sha256 "
+                      "out of run.json if you changed it yourself.")
 
 
 def digests(out):
@@ -356,30 +442,23 @@ def digests(out):
 def name_runs(names):
     """{name: a short label}: its last part, or the whole path where two names share that."""
     labels = {}
-    for name in names:
-        last = os.path.basename(os.path.normpath(name))
-        labels[name] = last.removesuffix(".json").removesuffix(".jsonl")
-    taken = list(labels.values())
-    for name, label in labels.items():
-        if taken.count(label) > 1:
-            labels[name] = name.strip("/").replace("/", "_")
+    parts = [re.sub(r"\.jsonl?$", "", os.path.basename(os.path.normpath(name))) for name in names]
+    for name, part in zip(names, parts):
+        labels[name] = part if parts.count(part) == 1 else name.strip("/").replace("/", "_")
     return labels
 
 
 def output_directory(name, labels, given, n_models):
     """Where a model's scores go: into its own run directory, else out/<label>; or below --out."""
+    out = f"out/{labels[name]}"
     if given.get("out"):
         out = os.path.join(given["out"], labels[name]) if n_models > 1 else given["out"]
-    else:
-        out = os.path.normpath(name) if holds(name, "run.json") else f"out/{labels[name]}"
-    if holds(out, "run.json") and os.path.realpath(out) != os.path.realpath(name):
+    elif os.path.isfile(f"{name}/run.json"):
+        out = os.path.normpath(name)
+    if os.path.isfile(f"{out}/run.json") and os.path.realpath(out) != os.path.realpath(name):
         raise UsageError(f"{name}: its scores would go to {out}, which holds a run; give "
                          "--out=DIR.")
     return out
-
-
-def holds(directory, file):
-    return os.path.isfile(os.path.join(directory, file))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -387,7 +466,8 @@ def holds(directory, file):
 
 
 def write(path, text):
-    """Replace a file whole or not at all."""
+    """Replace a file whole or not at all; its directory is made."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     new = f"{path}.{os.getpid()}.tmp"  # two runs may write the same record of a retain model
     with open(new, "w", encoding="utf8") as f:
         f.write(text)
@@ -401,16 +481,15 @@ def read_json(path):
     if not os.path.isfile(path):
         return {}
     try:
-        found = json.loads(Path(path).read_text(encoding="utf8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"{type(found).__name__}, not an object")
-        return found
-    except (ValueError, RecursionError) as e:
-        raise UsageError(f"{path}: damaged, not valid JSON ({e}); remove it or fix it.") from None
+        return {**json.loads(Path(path).read_text(encoding="utf8"))}
+    except (TypeError, ValueError, RecursionError) as e:
+        raise UsageError(f"{path}: damaged, no JSON object ({e}); remove it or fix it.") from None
 
 
-def remove_tree(path):
+def remove(path):
+    """Remove a directory or a file, if it is there."""
     shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
 
 
 def file_digest(path):

@@ -5,9 +5,12 @@ Runs are killed, files damaged, disks full; then the runs resume, or say why not
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import faults
@@ -15,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROC, ROOT, flags, log_of, stopped
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 
 import configs
 import evaluate
@@ -435,6 +440,183 @@ def test_an_out_that_cannot_be_written_is_a_sentence_before_any_model_is_loaded(
     sentence = "holds config.json, and no run.json of a run of this project"
     with pytest.raises(UsageError, match=sentence):
         unlearn.main(flags(mini, out=folder))
+
+
+# ------------------------------------------------------------------------------------------------
+# a run that is refused, and two at once
+
+
+@pytest.mark.parametrize("settings, sentence", [
+    (dict(max_length=2), "no forget row is left"),
+    (dict(batch_size=99, steps=None, epochs=1), "0 optimizer steps"),
+    (dict(forget_loss="rmu", retain_loss="rmu", steering_layer=7), "it must be below the last"),
+    (dict(model="out/t", base_model="tiny", finetune_epochs=0.1), "0 optimizer steps"),
+])
+def test_a_run_that_is_refused_leaves_nothing(mini, tmp_path, monkeypatch, settings, sentence):
+    """Neither its directory nor one of those above it."""
+    monkeypatch.chdir(tmp_path)
+    given = flags(mini, out="here/and/below")
+    given += [f"--{name}={value}" for name, value in settings.items()]
+    with pytest.raises(UsageError, match=sentence):
+        unlearn.main(given)
+    assert list(tmp_path.iterdir()) == []
+
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def held_by_another_process(out):
+    pytest.importorskip("fcntl")
+    out.mkdir(parents=True, exist_ok=True)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(out / ".lock")], text=True,
+                              stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        yield holder
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_run_waits_for_another_process_that_writes_its_directory_and_a_kill_unlocks(
+        mini, tmp_path, capsys):
+    out = tmp_path / "a"
+    began_before_the_kill = []
+
+    def kill():
+        began_before_the_kill.append((out / "log.jsonl").exists())
+        holder.kill()
+
+    with held_by_another_process(out) as holder:
+        threading.Timer(5, kill).start()
+        unlearn.main(flags(mini, out=out))
+    assert f"{out}: waiting for another process that writes it" in capsys.readouterr().out
+    assert began_before_the_kill == [False]
+    assert [row["step"] for row in log_of(out)] == [1, 2, 3, 4]
+
+
+def test_what_another_process_has_finished_meanwhile_is_not_made_again(
+        mini, tmp_path, monkeypatch, capsys):
+    out, whole = tmp_path / "a", tmp_path / "whole"
+    unlearn.main(flags(mini, out=whole))
+
+    def finish_meanwhile(run):
+        """As if lock() had waited: the other process has put the very same run there."""
+        for path in whole.iterdir():
+            text = path.read_bytes()
+            if path.name == "run.json":
+                text = text.replace(b"whole", b"a")
+            (out / path.name).write_bytes(text)
+
+    monkeypatch.setattr(rundir.RunDirectory, "lock", finish_meanwhile)
+    monkeypatch.setattr(unlearn, "train", None)
+    unlearn.main(flags(mini, out=out))
+    assert "is finished; --overwrite=True runs it again" in capsys.readouterr().out
+
+
+@linux_only
+def test_of_two_runs_that_need_the_same_target_one_makes_it_and_the_other_waits(tmp_path):
+    faults.write_data(tmp_path)
+    runs = []
+    for name in ("a", "b"):
+        command = [sys.executable, str(ROOT / "unlearn.py")]
+        command += faults.flags(tmp_path, out=f"out/{name}", eval_every=0, steps=3, save_every=0,
+                                finetune_epochs=40)
+        runs.append(subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                                     stderr=subprocess.STDOUT))
+    printed = [run.communicate(timeout=200)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], printed
+    for name in ("target", "retain"):
+        made = [text.count(f"{name}: 100%") for text in printed]
+        assert sorted(made) == [0, 1], printed
+    assert any("out/target: waiting for another process that writes it" in text
+               for text in printed), printed
+    for name in ("a", "b"):
+        assert [row["step"] for row in log_of(tmp_path / "out" / name)] == [1, 2, 3]
+
+
+def test_without_locks_a_run_goes_on(mini, tmp_path, monkeypatch):
+    """On Windows; there is no resource and no os.sysconf either."""
+    for module in ("fcntl", "resource"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delattr(os, "sysconf")
+    unlearn.main(flags(mini, out=tmp_path / "a"))
+    assert log_of(tmp_path / "a")[0]["memory_gb"] == 0
+    assert models.capacity_gb(PROC) == float("inf")
+
+
+# ------------------------------------------------------------------------------------------------
+# what may be published
+
+
+@pytest.fixture(scope="module")
+def scored(mini, tmp_path_factory):
+    out = tmp_path_factory.mktemp("scored") / "mine"
+    unlearn.main(flags(mini, out=out, eval_every=1, forget_loss="npo", lr=2e-3))
+    return out
+
+
+def test_a_finished_run_has_a_model_card_with_settings_and_scores_and_no_forgotten_row(
+        mini, scored):
+    card = ModelCard.load(scored / "README.md")
+    assert card.data.base_model == "target"  # the name of a local directory, not its path
+    assert card.data.library_name == "transformers"
+    assert card.data.tags == ["unlearning", "npo"]
+    assert "trained on tofu forget05" in card.text
+    for line in ("forget loss and its weight | npo, 1", "learning rate | 0.002",
+                 "steps, forget examples in each | 4, 4", 'from_pretrained("PATH_OR_ID")'):
+        assert line in card.text
+    scores = json.loads((scored / "scores.json").read_text())
+    for name, value in scores.items():
+        assert f"| {name} | {configs.number(value)} |" in card.text
+    assert str(mini) not in card.content
+    for line in (mini / "data" / "forget05.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["question"] not in card.content
+        assert row["answer"] not in card.content
+
+
+@pytest.mark.parametrize("settings, base", [
+    (dict(model="org/model@main"), "org/model"),
+    (dict(model="org/model", base_model="org/base"), "org/model"),
+    (dict(model=".", base_model="org/base"), "org/base"),  # made from it, here
+    (dict(base_model="org/base"), "org/base"),  # a target
+])
+def test_a_card_names_the_model_on_the_hub_if_there_is_one(tmp_path, settings, base):
+    c = configs.make(unlearn.Config, settings | {"out": str(tmp_path / "a")})
+    run = rundir.RunDirectory(c, PROC)
+    run.rows = [{"step": 3}]
+    assert ModelCard(run.card()).data.base_model == base
+
+
+def test_the_rows_in_clear_stay_out_of_git_and_of_what_the_card_uploads(scored, tmp_path):
+    """The hub client sends .gitignore along, and the server leaves out what it names."""
+    secret = {"examples.jsonl", "table.txt"}
+    names = {path.name for path in scored.iterdir()}
+    assert secret < names
+    excluded = re.findall(r"--exclude=(\S+?)[`\s]", (scored / "README.md").read_text())
+    kept = {*filter_repo_objects(sorted(names), ignore_patterns=excluded)}
+    assert kept == names - secret
+    copy = shutil.copytree(scored, tmp_path / "copy")
+    subprocess.run(["git", "init", "-q", str(copy)], check=True)
+    done = subprocess.run(["git", "-C", str(copy), "ls-files", "--others", "--exclude-standard"],
+                          capture_output=True, text=True, check=True)
+    assert {*done.stdout.split()} == names - secret - {".lock"}
+
+
+def test_an_overwritten_run_has_no_card_until_it_is_finished(mini, tmp_path, monkeypatch):
+    out = tmp_path / "a"
+    unlearn.main(flags(mini, out=out))
+    stop_half_way(mini, out, monkeypatch, overwrite=True)
+    assert not (out / "README.md").exists()
+    assert (out / ".gitignore").exists()
 
 
 # ------------------------------------------------------------------------------------------------

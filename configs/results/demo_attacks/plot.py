@@ -28,6 +28,7 @@ NAMES = {
     "npo_matched": "NPO, from the same start",
     "retain": "retain-only, the control",
 }
+COLORS = {"simnpo": "C0", "npo_matched": "C1", "retain": "black"}  # as in all pictures
 
 
 # ------------------------------------------------------------------------------------------------
@@ -100,8 +101,8 @@ def draw_method(panel, rows, method, attack, score):
     epochs, values = curves(rows, method, attack, score)
     if not len(values):
         return
-    [line] = panel.plot(epochs, values.mean(0), ".-", label=NAMES[method])
-    color = line.get_color()
+    color = COLORS[method]
+    panel.plot(epochs, values.mean(0), ".-", color=color, label=NAMES[method])
     panel.fill_between(epochs, values.min(0), values.max(0), alpha=0.15, color=color)
     shown = []
     for epoch, some in zip(epochs, values.T):
@@ -130,7 +131,7 @@ def draw_panel(panel, rows, attack, score):
     panel.set_ylabel(score.replace("_", " "))
     if score == "unseen_forget_quality":
         panel.set_yscale("log")
-        panel.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
+        panel.axhline(0.05, color="gray", linestyle=":", label="p = 0.05")
     else:
         panel.set_ylim(0, 1)
 
@@ -140,12 +141,13 @@ def main():
         collect(sys.argv[1])
     with open(os.path.join(HERE, "attacks.jsonl"), encoding="utf8") as f:
         rows = [json.loads(line) for line in f]
-    figure = Figure(figsize=(10, 7), layout="tight")
+    figure = Figure(figsize=(10, 7), layout="constrained")
     panels = figure.subplots(2, 2)
     for i, score in enumerate(("unseen_forget_prob", "unseen_forget_quality")):
         for k, attack in enumerate(ATTACKS):
             draw_panel(panels[i, k], rows, attack, score)
-    panels[0, 0].legend(fontsize=8)
+    handles, labels = panels[1, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.savefig(os.path.join(HERE, "relearn.png"), dpi=90)
 
 

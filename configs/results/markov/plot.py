@@ -17,6 +17,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 KEPT = os.path.join(HERE, "runs.jsonl")
 SETTINGS = ("subset", "forget_loss", "beta", "seed", "git")
 LINES = (("forget1_kl", "-", "o"), ("forget2_kl", "--", "s"))  # (score, line, marker)
+COLORS = {"simnpo": "C0", "npo": "C1"}  # as in all pictures
 DISTANCE = {"short": 0.025, "unseen": 0.053}  # retain_kl at which methods are compared
 PAPER = {  # what the paper's curves show there
     ("short", "npo", "forget1_kl"): 0.34,
@@ -54,7 +55,7 @@ def draw(path, runs):
     """Forget against retain distance, a panel per subset; of several seeds mean and range."""
     subsets = sorted({run["subset"] for run in runs})
     methods = sorted({run["forget_loss"] for run in runs})
-    figure = Figure(figsize=(5.5 * len(subsets), 4.5), layout="tight")
+    figure = Figure(figsize=(5.5 * len(subsets), 4.5), layout="constrained")
     panels = dict(zip(subsets, figure.subplots(1, len(subsets), squeeze=False)[0]))
     print(f"{'subset':<7} {'method':<7} {'score':<11} {'retain_kl':>9} {'mean':>7} {'lowest':>7} "
           f"{'highest':>7} {'runs':>5} {'paper':>6}")
@@ -64,13 +65,14 @@ def draw(path, runs):
             if (run["subset"], run["forget_loss"]) == (subset, method):
                 curves.append(run["rows"])
         if curves:
-            color = f"C{methods.index(method)}"
+            color = COLORS[method]
             draw_curves(panels[subset], curves, subset, method, line, color)
             print_row(curves, subset, method, line[0])
     for subset, axes in panels.items():
         axes.set(title=f"{subset} (markers: the paper)", xlabel="retain distance (KL)",
                  ylabel="forget distance (KL)")
-        axes.legend(fontsize=8)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
     figure.savefig(path, dpi=150)
     print(path)
 

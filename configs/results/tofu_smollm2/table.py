@@ -232,24 +232,33 @@ def tables(rows):
 # ------------------------------------------------------------------------------------------------
 # pictures
 
-ENDS = (("target", "s"), ("retain", "*"))  # with their markers
+ENDS = (("target", "target", "s"), ("retain", "retain model", "*"))  # with their markers
+
+
+def color_of(method, best):
+    """One color a method, in all panels."""
+    return f"C{list(best).index(method)}"
+
+
+def draw_ends(axes, rows, x, y):
+    for end, label, marker in ENDS:
+        scores = {"forget_quality": 1.0} | end_of(rows, end)["scores"]
+        axes.plot(scores[x], scores[y], marker, color="black", markersize=11, label=label)
 
 
 def draw_points(axes, rows, best):
     """Utility against forget quality, a point per run."""
-    for i, method in enumerate(best):
+    for method in best:
         for row in runs_of(rows, method):
             is_chosen = row["lr"] == best[method][0]
             axes.plot(row["scores"]["model_utility"], row["scores"]["forget_quality"], "o",
-                      color=f"C{i}", markersize=8 if is_chosen else 4,
+                      color=color_of(method, best), markersize=9 if is_chosen else 5,
                       label=method if is_chosen and row["seed"] == 0 else None)
-    for end, marker in ENDS:
-        scores = end_of(rows, end)["scores"]
-        axes.plot(scores["model_utility"], scores.get("forget_quality", 1.0), marker,
-                  color="black", markersize=11, label=end)
-    axes.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
-    axes.set(yscale="log", xlabel="model utility", ylabel="forget quality",
-             title="unlearned (large: chosen)")
+    draw_ends(axes, rows, "model_utility", "forget_quality")
+    axes.axhline(0.05, color="gray", linestyle=":", label="p = 0.05")
+    axes.set(yscale="log", xlabel="model utility (better to the right)",
+             ylabel="forget quality, a p-value (better upwards)",
+             title="After unlearning (large: the chosen rate)")
 
 
 def draw_trajectories(axes, rows, best):
@@ -259,17 +268,16 @@ def draw_trajectories(axes, rows, best):
             continue
         x = [row["retain_prob"] for row in run["curve"]]
         y = [row["forget_prob"] for row in run["curve"]]
-        color = f"C{list(best).index(run['of'])}"
-        axes.plot(x, y, ".-", color=color, label=f"{run['of']}, lr {run['lr']:g}")
-        for row in run["curve"][1:]:
+        axes.plot(x, y, ".-", color=color_of(run["of"], best))
+        for row in run["curve"][1:]:  # on both sides in turn: the last ones are close
+            side = 5 if row["epoch"] % 2 else -10
             axes.annotate(f"{row['epoch']:g}", (row["retain_prob"], row["forget_prob"]),
-                          fontsize=8, xytext=(4, 2), textcoords="offset points")
-    for end, marker in ENDS:
-        scores = end_of(rows, end)["scores"]
-        axes.plot(scores["retain_prob"], scores["forget_prob"], marker, color="black",
-                  markersize=9)
-    axes.set(xlabel="probability of retain answers", ylabel="probability of forget answers",
-             title="epoch by epoch, from the target (square)")
+                          fontsize=9, xytext=(side, -9), textcoords="offset points",
+                          color=color_of(run["of"], best))
+    draw_ends(axes, rows, "retain_prob", "forget_prob")
+    axes.set(xlabel="probability of retain answers (better to the right)",
+             ylabel="probability of forget answers", ylim=(0, 1.05),
+             title="Epoch by epoch, lr 1.5e-4")
 
 
 def draw_relearning(axes, rows, best):
@@ -277,31 +285,30 @@ def draw_relearning(axes, rows, best):
     for run in rows:
         if not run["relearn"]:
             continue
-        label, color, marker, seed = "retain model", "black", "o", 0
+        color, marker = "black", "*"
         if "method" in run:
-            method, seed = run["method"], run["seed"]
-            label = f"{method}, lr {run['lr']:g}"
-            color = f"C{list(best).index(method)}"
-            marker = "o" if run["lr"] == best[method][0] else "x"
+            color = color_of(run["method"], best)
+            marker = "o" if run["lr"] == best[run["method"]][0] else "x"
         for attack, style in (("relearn_random", "-"), ("relearn_shortest", "--")):
             steps = rows_of_attack(run, attack)
             x = [row["step"] for row in steps]
             y = [row["unseen_forget_prob"] for row in steps]
-            axes.plot(x, y, style, color=color, markersize=4, marker=marker,
-                      label=label if style == "-" and seed == 0 else None)
+            axes.plot(x, y, style, color=color, markersize=6, marker=marker)
     axes.set(xlabel="relearning steps", ylabel="probability of forget answers not relearned",
-             ylim=(0, 1), title="20 % relearned, random (solid) or shortest (dashed)")
+             xticks=(0, 10, 20), ylim=(0, 1),
+             title="20 % relearned: random (solid), shortest (dashed)\n"
+                   "x: the rate that was not chosen")
 
 
 def pictures(rows):
     best = chosen(rows)
-    figure = Figure(figsize=(15, 4.5), layout="tight")
+    figure = Figure(figsize=(15, 5), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     draw_points(left, rows, best)
     draw_trajectories(middle, rows, best)
     draw_relearning(right, rows, best)
-    for axes in (left, middle, right):
-        axes.legend(fontsize=8)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     path = os.path.join(HERE, "study.png")
     figure.savefig(path, dpi=130)
     print(f"\n{os.path.relpath(path)}")
