@@ -542,6 +542,17 @@ def test_of_two_runs_that_need_the_same_target_one_makes_it_and_the_other_waits(
         assert [row["step"] for row in log_of(tmp_path / "out" / name)] == [1, 2, 3]
 
 
+def test_train_called_by_itself_as_in_a_notebook_makes_its_directory(mini, tmp_path):
+    out = tmp_path / "not" / "there"
+    given, _ = configs.parse(unlearn.Config, flags(mini, out=out))
+    c = configs.make(unlearn.Config, given)
+    lm, tokenizer = evaluate.load(c.model, c, PROC)
+    rows = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(8)]
+    groups = unlearn.encode_groups(c, tokenizer, PROC, forget=rows[:4], retain=rows[4:])
+    log = unlearn.train(c, PROC, lm, groups)
+    assert log == log_of(out) and len(log) == 4
+
+
 def test_without_locks_a_run_goes_on(mini, tmp_path, monkeypatch):
     """On Windows; there is no resource and no os.sysconf either."""
     for module in ("fcntl", "resource"):
