@@ -559,8 +559,13 @@ MARKOV = Protocol(
     axes=("retain_kl", "forget1_kl"),
     settings={"template": "qa", "max_length": 500, "max_new_tokens": 200},
     needs_retain=False)
-OWN = dataclasses.replace(  # template None: chat, where the tokenizer has one, else qa
-    TOFU, settings={"max_length": 500, "max_new_tokens": 200}, needs_retain=False)
+OWN = dataclasses.replace(
+    TOFU,
+    headline=("forget_prob", "forget_rouge", "retain_prob", "retain_rouge"),
+    axes=("retain_prob", "forget_prob"),
+    # its template: chat, where the tokenizer has one, else qa
+    settings={"max_length": 500, "max_new_tokens": 200},
+    needs_retain=False)
 BENCHMARKS = {"demo": TOFU, "tofu": TOFU, "muse": MUSE, "markov": MARKOV, "own": OWN}
 ARROWS = {  # where better is
     **dict.fromkeys(("forget_quality", "model_utility", "forget_truth_ratio", *NINE, "knowmem_r",
@@ -774,7 +779,8 @@ def reference(c, proc, name: str, bench, loaded: tuple | None = None) -> list:
 
     loaded: (lm, tokenizer) of the model, where they are in memory.
     """
-    path = reference_path(c, name, bench)
+    # hashing 27 GB takes a minute: rank 0 does it
+    path = proc.gather(reference_path(c, name, bench) if proc.rank == 0 else None)[0]
     if all(proc.gather(os.path.isfile(path))):
         return data.read_log(path)
     _, records = evaluate(*(loaded or load(name, c, proc)), bench, c, proc)
@@ -801,6 +807,42 @@ def same(name, other):
 
 # ------------------------------------------------------------------------------------------------
 # the script
+
+
+def arrows(retain_scores):
+    """ARROWS, where the best value of forget_prob and forget_rouge is the retain model's."""
+    aims = {}
+    for key in ("forget_prob", "forget_rouge"):
+        if key in retain_scores:
+            aims[key] = f"→{retain_scores[key]:.2f}"
+    return ARROWS | aims
+
+
+def verdict(scores, records, retain_scores, retain_records):
+    """What a run's scores say in plain words, and what to change."""
+    asked, kept = word_for_word(records)
+    _, kept_by_retain = word_for_word(retain_records)
+    count = f"{kept} of {asked} forget answers are still" if kept else f"None of {asked} answers is"
+    text = f"{count} given word for word"
+    if retain_records:
+        text += f", {kept_by_retain} by the retain model"
+    if kept > kept_by_retain:
+        text += "; raise --lr or --epochs"
+    prob, ideal = scores.get("forget_prob", 1), retain_scores.get("forget_prob", 0)
+    if prob < ideal / 4:
+        text += (f". Over-forgetting: forget_prob {prob:.2g} is far below the retain model's "
+                 f"{ideal:.2g}; lower --lr or --epochs")
+    return f"{text}." if asked else ""
+
+
+def word_for_word(records):
+    """(how many forget questions were asked, how many answers hold the true one)."""
+    asked = kept = 0
+    for record in records or []:
+        if record["set"] in ("forget", "knowmem_f") and "generated" in record:
+            asked += 1
+            kept += record["answer"].strip().lower() in record["generated"].lower()
+    return asked, kept
 
 
 def trajectory(path, curves, points, c):
@@ -866,7 +908,9 @@ def compare(runs, logs, proc, path):
             other = os.path.basename(c.retain_log or c.retain_model)
             retain_models[f"retain model {other}"] = summarize(retain, None, c)
     if proc.rank == 0:
-        shown = configs.show_tables({"scores": table}, ARROWS, path)
+        several = len(retain_models) != 1  # each has its own best values
+        retain = {} if several else next(iter(retain_models.values()))
+        shown = configs.show_tables({"scores": table}, arrows(retain), path)
         proc.say(f"{configs.samples(samples)}\n\n{shown}")
         if path:
             trajectory(f"{path}.png", {}, table | retain_models, c)

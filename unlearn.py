@@ -640,6 +640,7 @@ class Trajectory:
         self.proc, self.lm, self.tokenizer, self.bench = proc, lm, tokenizer, bench
         self.retain = evaluate.retain_reference(self.c, proc, bench)
         self.target = self.scores = self.records = None
+        self.verdict = ""  # in plain words
         needs_retain = evaluate.BENCHMARKS[c.benchmark].needs_retain and not c.forget_data
         if needs_retain and not self.retain:
             proc.say("No retain_model and no retain_log: forget quality is left out "
@@ -675,17 +676,19 @@ class Trajectory:
             return
         label = os.path.basename(c.out)
         table = {"target": target, label: self.scores}
+        retain = {}
         if self.retain:
-            table["retain model"] = evaluate.summarize(self.retain, self.retain, c)
+            retain = table["retain model"] = evaluate.summarize(self.retain, self.retain, c)
         evaluate.save_scores(c.out, self.scores, self.records)
         scored = [row for row in rows if "loss" not in row]
         picture = os.path.join(c.out, "trajectory.png")
         evaluate.trajectory(picture, {label: scored}, table, c)
         samples = configs.samples({"before": self.target, "after": self.records})
-        text = samples + "\n\n" + configs.table(table, evaluate.ARROWS)
+        text = samples + "\n\n" + configs.table(table, evaluate.arrows(retain))
         rundir.write(os.path.join(c.out, "table.txt"), text + "\n")
         self.proc.say(f"{text}\n\n{c.out}: model, scores.json, examples.jsonl, log.jsonl, "
                       "trajectory.png")
+        self.verdict = evaluate.verdict(self.scores, self.records, retain, self.retain)
 
 
 def fit_to_own_rows(c, given, proc):
@@ -742,6 +745,8 @@ def unlearn(c, proc, run, bench, start):
             epoch = steps * c.batch_size / len(groups["forget"])
             run.log({"step": steps, "epoch": epoch, **trajectory(steps, epoch)})
     finish(run, lm, tokenizer, functools.partial(trajectory.report, rows) if scored else None)
+    if scored and trajectory.verdict:
+        proc.say(trajectory.verdict)
 
 
 def finish(run, lm, tokenizer, report=None):

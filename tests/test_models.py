@@ -193,3 +193,33 @@ def test_the_template_of_own_rows_is_the_tokenizers_own_where_it_has_one():
     assert evaluate.make_template(tokenizer, c).name == "qa"
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     assert evaluate.make_template(tokenizer, c).name == "chat"
+
+
+# ------------------------------------------------------------------------------------------------
+# what a run says at its end
+
+
+def answered(*pairs, name="forget"):
+    """Records of (true answer, answer given)."""
+    return [{"set": name, "answer": true, "generated": given} for true, given in pairs]
+
+
+def test_a_run_ends_with_how_many_answers_are_still_given_and_what_to_change():
+    kept = answered(("Red.", "it is red."), ("Blue.", "Green."), ("Two.", ""))
+    none = answered(("Red.", "Green."))
+    say = evaluate.verdict
+    assert say({}, kept, {}, None) == (
+        "1 of 3 forget answers are still given word for word; raise --lr or --epochs.")
+    assert say({}, none, {}, None) == "None of 1 answers is given word for word."
+    # what the retain model gives too is no memory
+    both = say({}, kept, {}, kept)
+    assert both == "1 of 3 forget answers are still given word for word, 1 by the retain model."
+    over = say({"forget_prob": 0.02}, none, {"forget_prob": 0.4}, none)
+    assert "Over-forgetting: forget_prob 0.02 is far below the retain model's 0.4" in over
+    assert "Over" not in say({"forget_prob": 0.2}, none, {"forget_prob": 0.4}, none)
+    assert say({}, answered(("a", "a"), name="retain"), {}, None) == ""  # nothing was asked
+
+
+def test_the_best_forget_probability_is_the_retain_models():
+    assert evaluate.arrows({})["forget_prob"] == "↓"
+    assert evaluate.arrows({"forget_prob": 0.4163})["forget_prob"] == "→0.42"
