@@ -482,7 +482,7 @@ def encode_groups(c, tokenizer, proc, **sets):
 
     Rows without an answer to score are counted, reported and left out.
     """
-    template = data.Template(c.template, tokenizer, c.system_prompt, c.date_string)
+    template = evaluate.make_template(tokenizer, c)
     groups = {}
     for name, rows in sets.items():
         answers, alternates = "own", None
