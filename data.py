@@ -8,7 +8,11 @@
 A row is a dict with question and answer, or with text. An Example is a row as token ids. A group
 is a list of examples with the same prompt. Nothing here depends on a model.
 """
+import bisect
+import csv
 import dataclasses
+import functools
+import io
 import itertools
 import json
 import os
@@ -43,13 +47,15 @@ class Data(configs.Settings):
                              # markov: seed of its samples
     split: str | None = None  # muse: the text to unlearn, None = raw/forget;
                               # News has scal/forget_1 to 4 and sust/ too
-    forget_data: str | None = None  # unlearn YOUR rows: a .jsonl, .json or .txt with question and
-                                    # answer, or text
+    forget_data: str | None = None  # unlearn YOUR rows: a .jsonl, .json, .csv, .parquet or .txt
+                                    # file, a saved data set, or one on the hub (org/name@revision);
+                                    # question and answer, text, or as trainers write them
     retain_data: str | None = None  # ... and the rows to keep
     template: Literal["chat", "llama2", "qa"] | None = None  # chat = the tokenizer's own;
                                                              # None = chat, or the benchmark's
     system_prompt: str = "You are a helpful assistant."  # of chat; empty if its template has none
     date_string: str = "10 Apr 2025"  # of chat: Llama-3's prompts have today's date otherwise
+    chat_template_kwargs: str | None = None  # of chat, as JSON: {"enable_thinking": true}
     max_length: int | None = None  # tokens of prompt and answer, None = 500;
                                    # muse: of a chunk, None = 2048
 
@@ -68,7 +74,9 @@ class Data(configs.Settings):
         if self.benchmark == "own" and not self.forget_data:
             yield "--benchmark=own: give --forget_data=FILE, the rows to forget."
         yield from self.check("max_length", lambda n: n >= 2, "must be at least 2.")
-        yield from self.check("forget_data retain_data", os.path.isfile, "no such file.")
+        yield from self.check("forget_data retain_data", is_source, NO_SOURCE)
+        yield from self.check("chat_template_kwargs", lambda text: text[0] + text[-1] == "{}",
+                              'must be a JSON object, as {"enable_thinking": true}.')
 
 
 @dataclasses.dataclass
@@ -86,23 +94,73 @@ class Benchmark:
 # reading rows
 
 
-def read_rows(path: str, whole: bool = False) -> list[dict]:
-    """The rows of one .jsonl, .json (an array or JSON lines) or .txt file.
+KINDS = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+HUB_ID = r"\w[\w.-]*/[\w.-]+(@.+)?"
+NO_SOURCE = "no such directory or file, and not a data set on the hub (org/name)."
 
-    A .txt file holds one row of text per line, or with `whole` a single text.
+
+def is_source(name: str) -> bool:
+    """Can rows be read from it: a file, a directory or a hub id?"""
+    return os.path.exists(name) or bool(re.fullmatch(HUB_ID, name)) and not name.endswith(KINDS)
+
+
+def read_rows(path: str, whole: bool = False) -> list[dict]:
+    """The rows of one file of KINDS, or of a data set: a directory or a hub id.
+
+    A .txt file holds one row of text per line, or with `whole` a single text. A file of any other
+    name is read as JSON.
     """
-    text = read_text(path)
-    if path.endswith(".txt"):
-        texts = [text] if whole else text.split("\n")
+    kind = os.path.splitext(path)[1]
+    if kind == ".parquet" or not os.path.isfile(path):
+        rows = read_set(path)
+    elif kind == ".txt":
+        texts = [read_text(path)] if whole else read_text(path).split("\n")
         rows = [text for text in texts if text.strip()]
-    elif path.endswith(".json") and text.lstrip().startswith("["):
-        rows = parse_json(text, path)
     else:
-        lines = enumerate(text.split("\n"), 1)
-        rows = [parse_json(line, f"{path}, line {i}") for i, line in lines if line.strip()]
+        name, read = ("CSV", read_csv) if kind == ".csv" else ("JSON", read_json)
+        try:
+            rows = read(read_text(path))
+        except (ValueError, RecursionError, csv.Error) as e:
+            raise UsageError(f"{path}: not valid {name} ({e}).") from None
     if not rows:
         raise UsageError(f"{path}: holds no rows.")
     return [{"text": row} if isinstance(row, str) else row for row in rows]
+
+
+def read_csv(text):
+    """Every field is text: 1984 is no number, and NA is an answer."""
+    csv.field_size_limit(2**31 - 1)
+    rows = [*csv.DictReader(io.StringIO(text))]
+    for i, row in enumerate(rows, 1):
+        if None in row:
+            raise ValueError(f"row {i} has more fields than the first line; a text with a comma "
+                             "stands in quotes")
+    return rows
+
+
+def read_json(text):
+    """Rows are lines, an array, an object around an array, or columns: {"text": [...]}."""
+    values = documents(text)
+    if len(values) != 1:
+        return values
+    [value] = values
+    if isinstance(value, dict) and not convention(value):
+        lists = {name: items for name, items in value.items() if isinstance(items, list)}
+        if len(lists) == 1:
+            [value] = lists.values()
+        elif lists:
+            value = [dict(zip(lists, row)) for row in zip(*lists.values(), strict=True)]
+    return value if isinstance(value, list) else values
+
+
+def documents(text: str) -> list:
+    """The JSON values that a text consists of: one, or one a line."""
+    decoder, space, values, at = json.JSONDecoder(), re.compile(r"\s*"), [], 0
+    text = text.rstrip()
+    while at < len(text):
+        value, at = decoder.raw_decode(text, space.match(text, at).end())
+        values.append(value)
+    return values
 
 
 def read_text(path):
@@ -116,14 +174,55 @@ def read_text(path):
         raise UsageError(f"{path}: cannot be read ({e.strerror}).") from None
 
 
-def parse_json(text, where):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise UsageError(f"{where}: not valid JSON ({e}).") from None
+@functools.cache
+def note(sentence: str):
+    """Say a sentence once, on rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(sentence, flush=True)
 
 
 OPTIONAL = ("paraphrased_question", "paraphrased_answer", "perturbed_answer", "alternate")
+QA = ("question", "answer")
+ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+# rows as TRL, Alpaca, chats and ShareGPT have them: read as question and answer
+OTHERS = (("prompt", "completion"), ("instruction", "output"), ("messages",), ("conversations",))
+
+
+def convention(row: dict) -> tuple:
+    """The columns that a row is read by: the first that it has, as texts or as turns."""
+    for columns in (QA, *OTHERS, ("text",)):
+        if all(is_said(row.get(name)) for name in columns):
+            return columns
+    return ()
+
+
+def is_said(value):
+    return isinstance(value, str) or isinstance(value, list) and type((value or "-")[0]) is dict
+
+
+class Turns(str):
+    """A question of several turns as one text; a chat template renders `turns`."""
+    turns = ()
+
+
+def exchange(row: dict, columns: tuple) -> tuple:
+    """(question, answer) of a row of OTHERS: all turns before the assistant's last, and that."""
+    turns = []
+    for name, role in zip(columns, ("user", "assistant")):
+        texts = row[name]
+        for turn in [{"role": role, "content": texts}] if isinstance(texts, str) else texts:
+            role = turn.get("role") or ROLES[turn["from"]]
+            turns.append({"role": role, "content": turn.get("content") or turn["value"]})
+    while turns[-1]["role"] != "assistant":
+        turns.pop()
+    answer = turns.pop()["content"].strip()
+    question = turns[0]["content"]
+    if row.get("input") and columns[0] == "instruction":
+        question += "\n" + row["input"]
+    if len(turns) > 1:
+        question = Turns("\n".join(turn["role"] + ": " + turn["content"] for turn in turns))
+        question.turns = turns
+    return question, answer
 
 
 def check_rows(rows: list, where: str, columns: tuple) -> list[dict]:
@@ -133,80 +232,101 @@ def check_rows(rows: list, where: str, columns: tuple) -> list[dict]:
     """
     checked = []
     for i, row in enumerate(rows, 1):
+        place = f"{where}, row {i}"
         if not isinstance(row, dict):
-            kind = type(row).__name__
-            raise UsageError(f"{where}, row {i}: must be an object or a string, got {kind}.")
+            raise UsageError(f"{place}: must be an object or a string, got {type(row).__name__}.")
         for name in columns:
             if name not in row:
                 present = ", ".join(row)[:200] or "none"
-                raise UsageError(f"{where}, row {i}: no column '{name}'; it has {present}.")
-        optional = [name for name in OPTIONAL if row.get(name) is not None]
-        kept = {name: row[name] for name in (*columns, *optional)}
+                raise UsageError(f"{place}: no column '{name}'; it has {present}.")
+        kept = {name: row[name] for name in columns}
+        if columns in OTHERS:
+            try:
+                kept = dict(zip(QA, exchange(row, columns)))
+            except (AttributeError, IndexError, KeyError, TypeError):
+                raise UsageError(f"{place}: {' and '.join(columns)} must be texts, or turns (role "
+                                 "and content, from and value) up to an answer.") from None
+        kept |= {name: row[name] for name in OPTIONAL if row.get(name) is not None}
         for name, value in kept.items():
-            check_value(value, name, f"{where}, row {i}")
+            check_value(value, name, place)
         checked.append(kept)
     return checked
 
 
 def check_value(value, name, where):
     """A column is a text; perturbed_answer is a list of texts, and alternate may be one."""
-    is_list = name == "perturbed_answer" or (name == "alternate" and isinstance(value, list))
-    texts = value if is_list and isinstance(value, list) else [value]
-    valid = bool(texts) and isinstance(value, list if is_list else str)
-    for text in texts:
-        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
-            valid = False
-    if not valid:
-        expected = "a list of texts" if is_list else "text"
-        raise UsageError(f"{where}: {name} must be {expected}, got {value!r:.80}.")
+    may_be_list = name in ("perturbed_answer", "alternate") and isinstance(value, list)
+    for text in value if may_be_list and value else [value]:
+        is_text = isinstance(text, str) and not re.search("[\ud800-\udfff]", text)
+        if not is_text or name == "perturbed_answer" and not (may_be_list and text.strip()):
+            expected = "a list of texts, none empty" if name == "perturbed_answer" else "text"
+            raise UsageError(f"{where}: {name} must be {expected}, got {value!r:.80}.")
+
+
+def read_set(source, config=None, split="train"):
+    """The rows of a data set: of the hub, a clone, what `datasets` saved, or a .parquet file."""
+    import datasets  # slow to import, and not needed for other files
+    repo, revision = configs.split_revision(source)
+    try:
+        if source.endswith(".parquet"):
+            found = datasets.Dataset.from_parquet(source)
+        elif os.path.isfile(os.path.join(source, "state.json")):
+            found = datasets.load_from_disk(source)
+        else:
+            found = datasets.load_dataset(repo, config, split=split, revision=revision)
+        return found.to_list()
+    except Exception as e:  # `datasets` and the hub client raise many kinds
+        raise not_given(source, e) from None
+
+
+def not_given(source, e):
+    reason = f"{type(e).__name__}: {(str(e).strip() or '-').splitlines()[0]}"
+    if os.path.exists(source):
+        return UsageError(f"{source}: cannot be read ({reason}); rows are read from "
+                          f"{', '.join(KINDS)}, from what `datasets` saved, and from the hub.")
+    return UsageError(f"{source}: the hub did not give it ({reason}); check the name, the network "
+                      "and HF_HUB_OFFLINE, or name a local copy.")
 
 
 def read_config(source, config, columns, split="train", whole=False, missing=None) -> list[dict]:
     """The rows of one config of a data set, from a local directory or from the hub.
 
-    A directory holds `<config>.json(l)` or `<config>/<split>.json(l)` or `.txt`.
+    A directory holds `<config>` or `<config>/<split>` as one of KINDS, or is a data set itself.
     missing: returned where there is no such config; None = an error.
     """
-    if os.path.isdir(source):
-        names = [f"{config}{ext}" for ext in (".json", ".jsonl")]
-        names += [os.path.join(config, f"{split}{ext}") for ext in (".json", ".jsonl", ".txt")]
-        for name in names:
-            path = os.path.join(source, name)
-            if os.path.isfile(path):
-                return check_rows(read_rows(path, whole), path, columns)
-        if missing is not None:
-            return missing
-        raise UsageError(f"{source} has none of {', '.join(names)}; "
-                         "--data= takes a hub id or a directory with these.")
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise UsageError(f"--data={source}: no such directory (and a hub id is written org/name).")
-
-    import datasets  # slow to import, and not needed for local files
-    repo, _, revision = source.partition("@")
+    if not is_source(source):
+        raise UsageError(f"--data={source}: {NO_SOURCE}")
+    names = []
+    for name in (config, os.path.join(config, split)):
+        names += [name + kind for kind in KINDS]
+    for name in names:
+        path = os.path.join(source, name)
+        if os.path.isfile(path):
+            return check_rows(read_rows(path, whole), path, columns)
     try:
-        dataset = datasets.load_dataset(repo, config, split=split, revision=revision or None)
-    except Exception as e:  # the hub client raises many kinds
+        rows = read_set(source, config, split)
+    except UsageError as e:
         if missing is not None:
             return missing
-        reason = (str(e).strip() or "-").splitlines()[0]
-        raise UsageError(
-            f"{source}, config {config}, split {split}: the hub did not give it "
-            f"({type(e).__name__}: {reason}); check the id and the network, or give a local "
-            "directory with --data=DIR.") from None
-    return check_rows(dataset.to_list(), f"{source}, config {config}", columns)
+        raise UsageError(f"{source} has none of {', '.join(names)}, and as a data set of "
+                         f"`datasets`: {e}") from None
+    return check_rows(rows, f"{source}, config {config}", columns)
 
 
 def read_own(path: str, whole: bool = False) -> list[dict]:
-    """A user's own rows: question and answer, or text."""
+    """A user's own rows: texts, or of any convention that has questions and answers."""
     rows = read_rows(path, whole)
-    is_text = isinstance(rows[0], dict) and "text" in rows[0]
-    return check_rows(rows, path, ("text",) if is_text else QA)
+    first = rows[0] if isinstance(rows[0], dict) else {}
+    columns = convention(first) or QA
+    found = check_rows(rows, path, columns)
+    unread = [name for name in first if name not in (*columns, *OPTIONAL, "input")]
+    others = f"; not read: {', '.join(unread)}" if unread else ""
+    note(f"{path}: {len(rows)} rows, read as {' and '.join(columns)}{others}")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------
 # benchmarks
-
-QA = ("question", "answer")
 
 
 def load(benchmark, subset, source=None, forget_data=None, retain_data=None, train=True, score=True,
@@ -222,8 +342,8 @@ def load(benchmark, subset, source=None, forget_data=None, retain_data=None, tra
         evals = load_muse(source) if score else {}
         if not train:
             return Benchmark([], [], evals)
-        forget = read_raw(source, forget_data or split or "raw/forget")
-        return Benchmark(forget, read_raw(source, retain_data or "raw/retain1"), evals)
+        forget = read_raw(source, split or "raw/forget", forget_data)
+        return Benchmark(forget, read_raw(source, "raw/retain1", retain_data), evals)
     if forget_data:
         forget = read_own(forget_data)
         retain = read_own(retain_data) if retain_data else []
@@ -306,21 +426,18 @@ def read_questions(source, split):
     return [row | {"prompt": f"{examples}Question: {row['question']}\nAnswer: "} for row in rows]
 
 
-def read_raw(source: str, name: str) -> list[dict]:
-    """[{"raw": text}] of a file, or of config/split of a data set; several texts are joined.
+def read_raw(source: str, name: str, own: str | None = None) -> list[dict]:
+    """[{"raw": text}] of config/split of a data set, or of a user's own; several texts are joined.
 
     A user's rows of questions and answers stay rows.
     """
-    if os.path.isfile(name):
-        rows = read_own(name, whole=True)
-    else:
-        config, _, split = name.partition("/")
-        rows = read_config(source, config, ("text",), split, whole=True)
+    config, _, split = name.partition("/")
+    rows = read_own(own, True) if own else read_config(source, config, ("text",), split, True)
     if "text" not in rows[0]:
         return rows
     text = "\n\n".join(row["text"] for row in rows)
     if not text.strip():
-        raise UsageError(f"{source}, {name}: its text is empty.")
+        raise UsageError(f"{own or source}, {name}: its text is empty.")
     return [{"raw": text}]
 
 
@@ -355,11 +472,8 @@ def read_alternates(path: str | None = None, refusals: str | None = None) -> Cal
         declining = read_refusals(refusals)
         return lambda row: declining
     by_question = {}
-    for i, row in enumerate(check_rows(read_rows(path), path, ("question", "alternate")), 1):
+    for row in check_rows(read_rows(path), path, ("question", "alternate")):
         found = row["alternate"] if isinstance(row["alternate"], list) else [row["alternate"]]
-        for answer in found:
-            if not answer.strip():
-                raise UsageError(f"{path}, row {i}: alternate is empty.")
         by_question.setdefault(row["question"], []).extend(found)
 
     def alternates(row):
@@ -393,6 +507,11 @@ TOFU_COLUMNS = {  # key of our record: column
     "n_tokens": "num_token_gt",
     "rougeL_recall": "rougeL_recall",
 }
+OPEN_UNLEARNING_MUSE = {
+    "verbmem_f": "forget_verbmem",
+    "knowmem_f": "forget_knowmem",
+    "knowmem_r": "retain_knowmem",
+}
 # of a record: its texts, and the scores of an audit (membership: higher = more like a member)
 TEXTS = ("question", "answer", "generated")
 MEMORIZATION = ("exact_memorization", "extraction_strength")
@@ -416,10 +535,7 @@ def download(location):
     try:
         return hf_hub_download(parts[1], parts[3], repo_type="dataset", revision=parts[2])
     except Exception as e:  # the hub client raises many kinds
-        reason = (str(e).strip() or "-").splitlines()[0]
-        raise UsageError(
-            f"{location}: the hub did not give it ({type(e).__name__}: {reason}); check the name, "
-            "the network and HF_HUB_OFFLINE, or download the file and name that.") from None
+        raise not_given(location, e) from None
 
 
 def read_log(path: str) -> list:
@@ -434,22 +550,20 @@ def read_log(path: str) -> list:
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
         raise UsageError(
             f"{path}: not a log this can read ({type(e).__name__}: {e}); it takes examples.jsonl, "
-            "TOFU's eval_log_aggregated.json and open-unlearning's TOFU_EVAL.json.") from None
+            "TOFU's eval_log_aggregated.json, open-unlearning's TOFU_EVAL.json and "
+            "MUSE_EVAL.json.") from None
     return records
 
 
 def parse_log(text):
-    try:
-        log = json.loads(text)
-    except ValueError:  # several documents: JSON lines
-        log = [json.loads(line) for line in text.splitlines() if line.strip()]
-    if isinstance(log, dict) and "set" in log:  # of JSON lines the only one
-        log = [log]
+    log = documents(text)
+    if len(log) == 1 and "set" not in log[0]:  # else JSON lines
+        [log] = log
     return log if isinstance(log, list) else read_tofu_log(log) or read_open_unlearning_log(log)
 
 
 def check_record(record, i):
-    if not (isinstance(record["set"], str) and {"nll", "rougeL_f1"} & record.keys()):
+    if not (isinstance(record["set"], str) and {"nll", "rougeL_f1", "min_k"} & record.keys()):
         raise ValueError(f"row {i} is no scored example")
     for key, value in record.items():
         valid = True
@@ -469,30 +583,45 @@ def is_number(value, least):
 def read_tofu_log(log):
     records = []
     for file, name in TOFU_LOG.items():
-        columns = {column: listed(values) for column, values in log.get(file, {}).items()}
-        for i, texts in enumerate(columns.get("generated_text", [])):
-            record = {key: columns[column][i] for key, column in TOFU_COLUMNS.items()}
-            record |= {"set": name, "index": i, "generated": texts[1], "answer": texts[2]}
-            records.append(record)
+        if file in log:
+            found = {column: listed(values) for column, values in log[file].items()}
+            columns = {key: found[column] for key, column in TOFU_COLUMNS.items()}
+            columns["generated"] = [texts[1] for texts in found["generated_text"]]
+            columns["answer"] = [texts[2] for texts in found["generated_text"]]
+            records += records_of(name, columns)
     return records
 
 
 def read_open_unlearning_log(log):
+    def values(metric, column):
+        found = metric if isinstance(metric, dict) else log.get(metric, {})
+        return [entry.get(column) for entry in listed(found.get("value_by_index", {}))]
+
     records = []
     for short, name in OPEN_UNLEARNING_LOG.items():
-        columns = []
-        for kind in ("Prob", "PARA_Prob", "PERT_Prob", "ROUGE"):
-            columns.append(listed(log.get(f"{short}_Q_A_{kind}", {}).get("value_by_index", {})))
-        own, paraphrased, perturbed, answers = columns
-        for i, wrong in enumerate(perturbed):
-            record = {"set": name, "index": i, "perturbed_nll": wrong["avg_loss"]}
-            record["nll"] = (own or paraphrased)[i]["avg_loss"]
-            record["paraphrased_nll"] = (paraphrased or own)[i]["avg_loss"]
-            if answers:
-                record["rougeL_recall"] = answers[i]["rougeL_recall"]
-                record["generated"] = answers[i]["generation"]
-            records.append(record)
+        own, other, wrong = [values(f"{short}_Q_A_{kind}", "avg_loss")
+                             for kind in ("Prob", "PARA_Prob", "PERT_Prob")]
+        answers = f"{short}_Q_A_ROUGE"
+        records += records_of(name, {
+            "nll": own or other, "paraphrased_nll": other or own, "perturbed_nll": wrong,
+            "rougeL_recall": values(answers, "rougeL_recall"),
+            "generated": values(answers, "generation")})
+    for name, metric in OPEN_UNLEARNING_MUSE.items():
+        records += records_of(name, {
+            "rougeL_f1": values(f"{metric}_ROUGE", "rougeL_f1"),
+            "answer": values(f"{metric}_ROUGE", "ground_truth"),
+            "generated": values(f"{metric}_ROUGE", "generation")})
+    for side in ("forget", "holdout"):  # its scores are lower for a member
+        scores = values(log.get("mia_min_k", {}).get(side, {}), "score")
+        records += records_of(f"privleak_{side[0]}", {"min_k": [-score for score in scores]})
     return records
+
+
+def records_of(name, columns):
+    """A record per example of a set, from {key: values in order}; what is not there is left out."""
+    columns = {key: values for key, values in columns.items() if values}
+    rows = zip(*columns.values(), strict=True)
+    return [{"set": name, "index": i, **dict(zip(columns, row))} for i, row in enumerate(rows)]
 
 
 def listed(values):
@@ -510,6 +639,7 @@ class Example:
     ids: list
     start: int
     row: dict | None = dataclasses.field(default=None, repr=False, compare=False)  # its source
+    cut: bool = dataclasses.field(default=False, repr=False, compare=False)  # its end is missing
     # log p of each answer token before unlearning, (n_answer,); filled once, for NPO and DPO
     ref_logps: object = dataclasses.field(default=None, repr=False, compare=False)
 
@@ -518,24 +648,32 @@ class Example:
         return len(self.ids) - self.start
 
 
-def encode(tokenizer, prompt: str, answer: str, max_length=None, special=True) -> Example | None:
+def tokenize(tokenizer, text: str, special=True) -> list[int]:
+    """The ids of a text, without the EOS that some tokenizers append to all they encode."""
+    ids, of_nothing = tokenizer([text, ""], add_special_tokens=special)["input_ids"]
+    return ids[:-1] if ids[-1:] == of_nothing[-1:] == [tokenizer.eos_token_id] else ids
+
+
+def encode(tokenizer, prompt: str, answer: str, max_length=None, special=True,
+           end_id=None) -> Example | None:
     """Tokenize prompt + answer together; None where no answer token is left to score.
 
     The answer starts at the first token whose end offset passes the prompt, so a token across the
-    border belongs to it. It ends with exactly one EOS, whatever the template or the tokenizer
-    appends. The sequence is then cut at max_length (a cut answer has no EOS).
+    border belongs to it. It ends with exactly one end_id (None = EOS), whatever the template or the
+    tokenizer appends. The sequence is then cut at max_length (a cut answer has no end).
     special: let the tokenizer add its BOS; a chat template has written it already.
     """
     out = tokenizer(prompt + answer, add_special_tokens=special, return_offsets_mapping=True)
-    ids, eos = out["input_ids"], tokenizer.eos_token_id
+    ids, end = out["input_ids"], tokenizer.eos_token_id if end_id is None else end_id
     start = 0
     while start < len(ids) and out["offset_mapping"][start][1] <= len(prompt):
         start += 1
     stop = start
-    while stop < len(ids) and ids[stop] != eos:
+    while stop < len(ids) and ids[stop] != end:
         stop += 1
-    ids = (ids[:stop] + [eos])[:max_length]
-    return Example(ids, start) if 1 <= start < min(stop, len(ids)) else None
+    kept = (ids[:stop] + [end])[:max_length]
+    is_scored = 1 <= start < min(stop, len(kept))
+    return Example(kept, start, cut=len(kept) <= stop) if is_scored else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -545,6 +683,7 @@ class Template:
     tokenizer: object
     system_prompt: str = ""
     date_string: str = ""
+    chat_template_kwargs: str | None = None
 
     def text(self, question: str, answer: str = "") -> tuple[str, str]:
         """(prompt, answer) as they are tokenized."""
@@ -552,39 +691,88 @@ class Template:
             return f"[INST] {question} [/INST]", answer
         if self.name == "qa":
             return f"Question: {question}\nAnswer:", f" {answer}"
-        turns = [{"role": "user", "content": question}]
-        if self.system_prompt:
-            turns = [{"role": "system", "content": self.system_prompt}] + turns
-        prompt = self.render(turns, add_generation_prompt=True)
-        whole = self.render(turns + [{"role": "assistant", "content": answer}])
+        turns = self.turns(question)
+        prompt = self.render(turns, add_generation_prompt=True) + self.ends[0]
+        whole = self.render([*turns, {"role": "assistant", "content": answer}])
         return prompt, whole[len(prompt):] if whole.startswith(prompt) else answer
+
+    def turns(self, question):
+        turns = getattr(question, "turns", None) or [{"role": "user", "content": question}]
+        if self.system_prompt and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": self.system_prompt}, *turns]
+        return turns
+
+    @functools.cached_property
+    def ends(self) -> tuple[str, int]:
+        """(how a prompt ends that the template leaves open, the id that ends an answer).
+
+        Both are read off a finished turn. Before its answer stand what the template's generation
+        prompt lacks, a header or an empty thought; a thought that this prompt opens is closed, so
+        that training, scores and greedy answers all begin at the answer. Behind it stands the first
+        special token, be it the tokenizer's EOS or not, or the next turn's where it alone parts
+        them.
+        """
+        eos, mark = self.tokenizer.eos_token_id, "Zurich"
+        if self.name != "chat":
+            return "", eos
+        turns = self.turns("Where?")
+        opened = self.render(turns, add_generation_prompt=True)
+        answered = [*turns, {"role": "assistant", "content": mark}]
+        finished, _, after = self.render(answered).partition(mark)
+        missing = finished.removeprefix(opened) if finished.startswith(opened) else ""
+        thought = re.search(r"<(\w+)>\s*$", opened)
+        if thought and thought[0] not in finished:
+            missing = f"\n</{thought[1]}>\n\n"
+        after += self.render([*answered, turns[-1]]).partition(mark)[2]
+        special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        for token in self.tokenizer(after, add_special_tokens=False)["input_ids"]:
+            if token in special | {eos}:
+                eos = token
+                break
+        return missing if missing.strip() else "", eos
 
     def render(self, turns, **options):
         """Render a chat. Without date_string Llama-3's template would print today's date."""
         try:
-            return self.tokenizer.apply_chat_template(
-                turns, tokenize=False, date_string=self.date_string, **options)
+            options |= {"date_string": self.date_string, "enable_thinking": False}
+            options |= json.loads(self.chat_template_kwargs or "{}")
+            return self.tokenizer.apply_chat_template(turns, **options, tokenize=False)
         except Exception as e:  # jinja2 raises many kinds
             raise UsageError(f"the tokenizer's chat template failed ({e}); "
                              "some take no system prompt: --system_prompt=") from None
 
-    def split_text(self, row: dict, max_length: int) -> list[dict]:
-        """A raw text's chunks, cut as MUSE's authors cut them; any other row stays one row.
+    def split(self, rows: list, max_length: int) -> list[dict]:
+        """All rows, texts in pieces."""
+        pieces = [piece for row in rows for piece in self.split_text(row, max_length)]
+        if len(pieces) > len(rows):
+            note(f"{len(rows)} rows with texts longer than {max_length} tokens are cut into "
+                 f"{len(pieces)}: nothing is left out")
+        return pieces
 
-        A chunk is a BOS and max_length - 1 tokens, without EOS. The last one is filled up from the
-        first, whose BOS then stands in mid-sequence: all published numbers were made so.
+    def split_text(self, row: dict, max_length: int) -> list[dict]:
+        """The pieces of a text that is longer than max_length; any other row stays one row.
+
+        Each begins with the BOS, or, where the tokenizer sets none, with the token before it: every
+        token but a text's first is scored once. A raw text is cut as MUSE's authors cut it: the
+        last piece is filled up from the first, whose BOS then stands in mid-sequence.
         """
-        if "raw" not in row:
-            return [row]
-        ids = self.tokenizer(row["raw"], add_special_tokens=False)["input_ids"]
         bos = self.tokenizer.bos_token_id
-        if bos is None:  # Qwen has no BOS
-            bos = self.tokenizer.eos_token_id
-        size = max_length - 1
-        chunks = [[bos] + ids[i:i + size] for i in range(0, len(ids), size)]
-        chunks[-1] = (chunks[-1] + chunks[0])[:max_length]
-        texts = self.tokenizer.batch_decode(chunks, skip_special_tokens=True)
-        return [{"text": text, "ids": chunk} for text, chunk in zip(texts, chunks)]
+        if "raw" in row:
+            # Qwen has no BOS
+            ids = [self.tokenizer.eos_token_id if bos is None else bos]
+            ids += tokenize(self.tokenizer, row["raw"], special=False)
+        else:
+            ids = tokenize(self.tokenizer, row.get("text", ""))
+            if len(ids) <= max_length:
+                return [row]
+        pieces, size = [], max_length - 1
+        for i in range(1, len(ids), size):
+            before = 0 if "raw" in row or ids[0] == bos else i - 1
+            pieces.append([ids[before]] + ids[i:i + size])
+        if "raw" in row:
+            pieces[-1] = (pieces[-1] + pieces[0])[:max_length]
+        texts = self.tokenizer.batch_decode(pieces, skip_special_tokens=True)
+        return [{"text": text, "ids": piece} for text, piece in zip(texts, pieces)]
 
     def encode(self, row: dict, max_length: int, answer: str | None = None) -> Example | None:
         """A row's Example; `answer` replaces the row's own (a refusal, a paraphrase)."""
@@ -594,23 +782,21 @@ class Template:
         if "ids" in row:
             return Example(row["ids"], 1, row)
         if "text" in row:
-            ids = self.tokenizer(row["text"])["input_ids"][:max_length]
+            ids = tokenize(self.tokenizer, row["text"])[:max_length]
             return Example(ids, 1, row) if len(ids) > 1 else None
-        if not (answer or row["answer"]).strip():
+        answer = row["answer"] if answer is None else answer
+        if not answer.strip():
             return None
-        prompt, answer = self.text(row["question"], row["answer"] if answer is None else answer)
-        example = encode(self.tokenizer, prompt, answer, max_length, special=self.name != "chat")
+        prompt, answer = self.text(row["question"], answer)
+        example = encode(self.tokenizer, prompt, answer, max_length, self.name != "chat",
+                         self.ends[1])
         if example:
             example.row = row
         return example
 
     def prompt_ids(self, question: str) -> list[int]:
         """The ids that generation starts from."""
-        is_chat = self.name == "chat"
-        ids = self.tokenizer(self.text(question)[0], add_special_tokens=not is_chat)["input_ids"]
-        if ids[-1] == self.tokenizer.eos_token_id and not is_chat:  # some tokenizers append EOS
-            ids = ids[:-1]
-        return ids
+        return tokenize(self.tokenizer, self.text(question)[0], special=self.name != "chat")
 
 
 def check_tokenizer(tokenizer, name: str, template: str = "qa"):
@@ -632,16 +818,23 @@ def encode_groups(rows: list, template: Template, max_length: int, answers: str 
     alternates: row -> its alternate answers. One is drawn per row, for the whole run.
     """
     rng = random.Random(f"{seed} alternates")
-    chunks = [chunk for row in rows for chunk in template.split_text(row, max_length)]
-    groups = []
-    for row in chunks:
+    pieces, groups = template.split(rows, max_length), []
+    for row in pieces:
         wanted = [None]  # the row's own
         if answers != "own":
             wanted.append(rng.choice(alternates(row)))
         group = [template.encode(row, max_length, answer) for answer in wanted]
         if None not in group:
             groups.append(group[1:] if answers == "alternate" else group)
-    return groups, len(chunks) - len(groups)
+    note_cut(groups, max_length)
+    return groups, len(pieces) - len(groups)
+
+
+def note_cut(groups, max_length):
+    n_cut = sum(example.cut for group in groups for example in group)
+    if n_cut:
+        note(f"{n_cut} answers are cut: with their prompts they are longer than "
+             f"--max_length={max_length}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -720,15 +913,8 @@ def even_budget(sizes, max_tokens, world):
         n_cuts = sum(len(cut(kind_sizes, budget)) for kind_sizes in sizes)
         return -(-n_cuts // world)  # rounded up
 
-    fewest = forwards(max_tokens)
-    low, high = 1, max_tokens
-    while low < high:
-        middle = (low + high) // 2
-        if forwards(middle) <= fewest:
-            high = middle
-        else:
-            low = middle + 1
-    return high
+    budgets = range(1, max_tokens + 1)  # the larger, the fewer forwards
+    return 1 + bisect.bisect_left(budgets, -forwards(max_tokens), key=lambda n: -forwards(n))
 
 
 def cut(sizes, max_tokens):

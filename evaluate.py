@@ -161,17 +161,18 @@ def score_rows(lm, sets, encode, c, proc, measure=models.log_probs):
         proc.say(f"{len(rows) - len(scored)} rows are not scored: an answer without tokens, or a "
                  f"prompt longer than --max_length={c.max_length}")
     groups = [group for _, _, group in scored]
+    data.note_cut(groups, c.max_length)
     values = models.token_scores(lm, groups, proc, c.micro_batch_tokens, measure, "scoring")
     return [(*row, arrays) for row, arrays in zip(scored, values)]
 
 
 def whole_text(tokenizer, row):
-    return data.Example(tokenizer(row["text"])["input_ids"], 1)
+    return data.Example(data.tokenize(tokenizer, row["text"]), 1)
 
 
 def make_template(tokenizer, c):
     name = c.template or ("chat" if tokenizer.chat_template else "qa")
-    return data.Template(name, tokenizer, c.system_prompt, c.date_string)
+    return data.Template(name, tokenizer, c.system_prompt, c.date_string, c.chat_template_kwargs)
 
 
 def key_of(record):
@@ -219,12 +220,12 @@ def score_answers(lm, template, bench, c, proc):
         return [template.encode(row, c.max_length, answer) for answer in answers]
 
     records, known = [], {}
-    for record, row, group, arrays in score_rows(lm, bench.evals, encode, c, proc, choices):
+    sets = {name: template.split(rows, c.max_length) for name, rows in bench.evals.items()}
+    for record, row, group, arrays in score_rows(lm, sets, encode, c, proc, choices):
         example, nlls = group[0], [-array[:, 0].mean() for array in arrays]
         record["question"] = row.get("question", "")
         record["answer"] = row.get("answer", row.get("text"))
-        if example.ids[-1] != template.tokenizer.eos_token_id:
-            # cut at max_length: TOFU's ROUGE then asks for what is left
+        if example.cut:  # TOFU's ROUGE then asks for what is left
             kept = template.tokenizer.decode(example.ids[example.start:], skip_special_tokens=True)
             record["answer"] = kept.strip()
         record |= {"nll": nlls.pop(0), "n_tokens": example.n_answer}
@@ -256,7 +257,7 @@ def generate_answers(lm, template, records, known, c, proc):
     prompts = [template.prompt_ids(record["question"]) for record in asked]
     begun = [known[key_of(record)] for record in asked]
     texts = models.generate(lm, template.tokenizer, prompts, c.max_new_tokens, proc,
-                            4 * c.micro_batch_tokens, "answering", begun)
+                            4 * c.micro_batch_tokens, "answering", begun, template.ends[1])
     for record, text in zip(asked, texts):
         record["generated"] = text.strip()
         record |= rouge(text, record["answer"], stem=True)
@@ -363,7 +364,7 @@ def record_continuations(lm, tokenizer, name, rows, c, proc):
     is_verbatim = name == "verbmem_f"
     rows = rows[:c.eval_rows]
     max_new_tokens = c.max_new_tokens if is_verbatim else KNOWMEM_TOKENS
-    prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
+    prompts = [data.tokenize(tokenizer, row["prompt"]) for row in rows]
     texts = models.generate(lm, tokenizer, prompts, max_new_tokens, proc,
                             4 * c.micro_batch_tokens, "answering")
     records = []
@@ -371,7 +372,7 @@ def record_continuations(lm, tokenizer, name, rows, c, proc):
         record = {"set": name, "index": i, **row}
         if is_verbatim:
             # the BOS counts, as in the original: one token less of the passage is asked for
-            ids = tokenizer(row["answer"])["input_ids"][:max_new_tokens]
+            ids = data.tokenize(tokenizer, row["answer"])[:max_new_tokens]
             record["answer"] = tokenizer.decode(ids, skip_special_tokens=True)
         else:
             text = KNOWMEM_STOP.split(text)[0]
@@ -764,7 +765,7 @@ def reference_path(c, name, bench):
 
     That is the weights, the scored rows, the scoring settings.
     """
-    settings = ["template", "system_prompt", "date_string", "max_length"]
+    settings = ["template", "system_prompt", "date_string", "max_length", "chat_template_kwargs"]
     settings += [*configs.fields(Scoring), *configs.fields(models.Precision)]
     is_local = os.path.isdir(c.tokenizer or "")
     tokenizer = models.fingerprint(c.tokenizer) if is_local else c.tokenizer
@@ -863,8 +864,9 @@ def ask(question, names, c, proc):
     """Print the models' greedy answers side by side."""
     for name in names:
         lm, tokenizer = load(name, c, proc)
-        prompt = make_template(tokenizer, c).prompt_ids(question)
-        answers = models.generate(lm, tokenizer, [prompt], c.max_new_tokens, proc, 4096)
+        template = make_template(tokenizer, c)
+        answers = models.generate(lm, tokenizer, [template.prompt_ids(question)], c.max_new_tokens,
+                                  proc, 4096, end_id=template.ends[1])
         proc.say(f"{name}: {answers[0].strip()}")
 
 

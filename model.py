@@ -705,13 +705,14 @@ def stop_ids(lm, tokenizer) -> list[int]:
 
 @torch.no_grad()
 def generate(lm, tokenizer, prompts: list, max_new_tokens: int, proc: Process, max_tokens: int,
-             title: str | None = None, known: list | None = None) -> list[str]:
+             title: str | None = None, known: list | None = None,
+             end_id: int | None = None) -> list[str]:
     """Greedy answers, as text, to prompts (lists of ids): batched, equal to one at a time.
 
     known: the ids that each answer is known to begin with; only the rest is computed. Whole batches
-    are shared out to the ranks.
+    are shared out to the ranks. end_id: ends an answer too, a chat template's end of turn.
     """
-    stop = stop_ids(lm, tokenizer)
+    stop = {*stop_ids(lm, tokenizer), end_id}
     answers = [end_at(ids[:max_new_tokens], stop) for ids in known or [[]] * len(prompts)]
     unfinished = []
     for i, ids in enumerate(answers):

@@ -358,7 +358,7 @@ class Attack(configs.Settings):
             yield f"--attacks={','.join(self.attacks)}: any of {', '.join(ATTACKS)}."
         yield from self.check("fraction", lambda v: 0 < v <= 1, "must be above 0 and at most 1.")
         yield from self.check("examples", lambda n: n >= 1, "must be at least 1.")
-        yield from self.check("relearn_data", os.path.isfile, "no such file.")
+        yield from self.check("relearn_data", data.is_source, data.NO_SOURCE)
         if min(self.seeds, default=-1) < 0:
             yield f"--seeds={','.join(map(str, self.seeds))}: at least one, none below 0."
 
