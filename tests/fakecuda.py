@@ -1,12 +1,14 @@
 """The project's functions over fake CUDA tensors: what a GPU would refuse or wait for, without one.
 
-    python tests/fakecuda.py GUARD.so ROOT [case ...]    # prints {"case", "error", "found"} a line
+    python tests/fakecuda.py GUARD.so ROOT [ROOT=case,case ...]
 
-GUARD.so is tests/fake_cuda.cpp, compiled; ROOT holds the project. A fake tensor has device, shape
-and dtype, but no values. Two devices in one operation raise. `found` has, for one step or one call,
-where the host would wait for the device: a value that is read, a copy to the CPU, an upload that is
-not both pinned and non_blocking. Not seen: kernels, numbers, speed, DDP's reducer.
+GUARD.so is tests/fake_cuda.cpp, compiled; a ROOT holds the project. A fake tensor has device, shape
+and dtype, but no values. Prints {"root", "case", "error", "found"} per case: where two devices met
+in one operation, and where the host would wait for the device in the case's last step or call, for
+a value that is read, a copy to the CPU, an upload that is not both pinned and non_blocking. Not
+seen: kernels, numbers, speed, DDP's reducer.
 """
+import collections
 import contextlib
 import ctypes
 import functools
@@ -18,12 +20,22 @@ import sys
 import tempfile
 import traceback
 
-GUARD, ROOT = sys.argv[1], os.path.realpath(sys.argv[2])
-ctypes.CDLL(GUARD, mode=ctypes.RTLD_GLOBAL)  # before torch looks for CUDA
-sys.path.insert(0, ROOT)
+
+def a_process_for_each(jobs):
+    """Each job goes on in a process of its own; this one waits for them, and ends."""
+    for job in jobs:
+        if os.fork() == 0:
+            return job
+    for _ in jobs:
+        os.wait()
+    os._exit(0)  # taking torch down in order takes seconds
+
+
+ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # before torch looks for CUDA
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402  # a dispatch mode imports it
 import torch.cuda.amp.common  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
@@ -31,6 +43,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E4
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
+from transformers import LlamaForCausalLM  # noqa: E402
+
+ROOT, _, NAMES = a_process_for_each(sys.argv[2:]).partition("=")
+ROOT = os.path.realpath(ROOT)
+sys.path.insert(0, ROOT)
 
 import configs  # noqa: E402
 import data  # noqa: E402
@@ -48,7 +65,7 @@ LLAMA = transformers.LlamaConfig(
 # ------------------------------------------------------------------------------------------------
 # what would wait
 
-FOUND = []  # sentences, in the order of events
+FOUND = collections.Counter()  # {sentence: how often}
 
 
 def place_of(frames):
@@ -61,7 +78,7 @@ def place_of(frames):
 
 
 def find(what):
-    FOUND.append(f"{place_of(traceback.extract_stack())}: {what}")
+    FOUND[f"{place_of(traceback.extract_stack())}: {what}"] += 1
 
 
 def is_on_gpu(tensor):
@@ -178,7 +195,7 @@ def check_harness():
         with contextlib.suppress(RuntimeError):
             weight + torch.ones(2)
             raise LookupError("two devices in one sum were not refused")
-    if len(FOUND) != 2 or product.dtype != torch.bfloat16 or not is_on_gpu(weight.grad):
+    if FOUND.total() != 2 or product.dtype != torch.bfloat16 or not is_on_gpu(weight.grad):
         raise LookupError(f"two waits were to be found, found {FOUND}, {product.dtype}")
 
 
@@ -188,7 +205,7 @@ def check_harness():
 
 def make_model(proc, row_limit=math.inf):
     with GPU:
-        lm = transformers.LlamaForCausalLM(LLAMA)
+        lm = LlamaForCausalLM(LLAMA)
     lm.to = lambda device: lm  # the fake collectives leave shards where they are
     lm = models.place(lm, proc)
     lm.row_limit = row_limit
@@ -228,8 +245,8 @@ def train(forget="simnpo", retain="nll", *, row_limit=math.inf, proc=None, **set
     with tempfile.TemporaryDirectory() as out:
         c = configs.make(unlearn.Config, {
             "benchmark": "tofu", "template": "qa", "model": out, "out": out, "steps": 1,
-            "forget_loss": forget, "retain_loss": retain, "batch_size": 3, "steering_layer": 0,
-            "micro_batch_tokens": 18, "parallel": proc.parallel, "device": "cpu", **settings})
+            "forget_loss": forget, "retain_loss": retain, "batch_size": 2, "steering_layer": 0,
+            "micro_batch_tokens": 12, "parallel": proc.parallel, "device": "cpu", **settings})
         n_answers = 2 if unlearn.FORGET[forget].answers == "both" else 1
         groups = {"forget": make_groups(n_answers), "retain": make_groups()}
         run = Run(c, proc)
@@ -289,37 +306,42 @@ def cases():
     }
     retain_losses = itertools.cycle(unlearn.RETAIN)  # a step's two terms never meet
     for forget, retain in zip(unlearn.FORGET, retain_losses):
-        several[f"{forget} {retain}"] = functools.partial(train, forget, retain)
+        several[f"{forget} with {retain}"] = functools.partial(train, forget, retain)
     proc = shard()
     several["sharded"] = functools.partial(train, proc=proc, dtype="bf16", steps=2)
-    several["sharded npo kl"] = functools.partial(
+    several["sharded npo with kl"] = functools.partial(
         train, "npo", "kl", proc=proc, dtype="bf16", activation_checkpointing=True)
     several["sharded scoring"] = functools.partial(score, proc)
     several["sharded generation"] = functools.partial(generate, proc)
     return several
 
 
-def main(names):
+def show(name, case):
+    error, found = None, {}
+    try:
+        with fake_gpu():
+            found = case()
+    except Exception as e:
+        message = str(e).splitlines()[0] if str(e) else type(e).__name__
+        error = f"{place_of(traceback.extract_tb(e.__traceback__))}: {message}"
+    print(json.dumps({"root": ROOT, "case": name, "error": error, "found": found}), flush=True)
+
+
+def main():
+    half = int(a_process_for_each("01"))  # of the cases
     replace_cuda()
     try:
         check_harness()
     except Exception as e:
-        print(json.dumps({"unfit": f"{type(e).__name__}: {e}"}))
+        print(json.dumps({"unfit": f"{type(e).__name__}: {e}"}), flush=True)
         return
     models.load_model = lambda name, proc: make_model(proc)
-    torch.set_num_threads(1)
-    for name, case in cases().items():
-        if names and name not in names:
-            continue
-        error, found = None, []
-        try:
-            with fake_gpu():
-                found = case()
-        except Exception as e:
-            message = str(e).splitlines()[0] if str(e) else type(e).__name__
-            error = f"{place_of(traceback.extract_tb(e.__traceback__))}: {message}"
-        print(json.dumps({"case": name, "error": error, "found": found}), flush=True)
+    every = cases()
+    names = NAMES.split(",") if NAMES else list(every)
+    for name in names[half::2]:
+        show(name, every[name])
 
 
 if __name__ == "__main__":
-    main(sys.argv[3:])
+    main()
+    os._exit(0)
