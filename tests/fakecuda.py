@@ -215,7 +215,7 @@ def make_model(proc, row_limit=math.inf):
 
 def make_groups(n_answers=1):
     groups = []
-    for i in range(6):
+    for i in range(4):
         answers = [[5 + i + k, 6, 7 + k, 2] for k in range(n_answers)]
         groups.append([data.Example([3 + i, 4, *answer], 2) for answer in answers])
     return groups
@@ -259,9 +259,9 @@ def train(forget="simnpo", retain="nll", *, row_limit=math.inf, proc=None, **set
 
 
 def score(proc=None):
-    """Six pairs of answers, two pairs a row."""
+    """Four pairs of answers, one pair a row."""
     proc = proc or models.Process(0, 1, GPU, "bf16")
-    models.token_scores(make_model(proc), make_groups(2), proc, 18)
+    models.token_scores(make_model(proc), make_groups(2), proc, 12)
     return FOUND.copy()
 
 

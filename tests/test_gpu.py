@@ -111,9 +111,9 @@ def test_a_step_waits_for_the_device_once(cases):
 
 @pytest.mark.parametrize("name", ["scoring", "sharded scoring"])
 def test_scoring_waits_once_a_micro_batch(cases, name):
-    """Six of them; each copies its values to the CPU."""
+    """Four of them; each copies its values to the CPU."""
     (sentence, n), = cases[name]["found"].items()
-    assert n == 6 and re.search(r"token_scores: .*a copy to the CPU", sentence)
+    assert n == 4 and re.search(r"token_scores: .*a copy to the CPU", sentence)
 
 
 @pytest.mark.parametrize("name", FAULTS)
