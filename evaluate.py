@@ -4,19 +4,24 @@
     python evaluate.py out/demo out/demo_target --ask="Who wrote Hamlet?"
     python evaluate.py org/model --benchmark=tofu --template=llama2 --retain_model=org/retain
     python evaluate.py org/model --benchmark=muse --subset=books
+    python evaluate.py out/a_s* out/b_s* --select=model_utility    # which run does a rule choose?
     python evaluate.py LOG.json --retain_log=LOG.json  # of ours, TOFU's or open-unlearning's
 
 A run directory, any Hugging Face model directory, a hub id (org/name@revision) or a log. Several
 give one table, on screen and in comparison.md, .csv and .png (in out/ or --out), each run against
-the retain model it was made with. Scores go to scores.json, and what they were computed from to
-examples.jsonl: in the run directory, or in --out.
+the retain model it was made with. --select=KEY orders the table by a score, best first, and says
+which run is chosen. Scores go to scores.json, and what they were computed from to examples.jsonl:
+in the run directory, or in --out.
 """
 import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
+import types
+import unicodedata
 import zlib
 from collections.abc import Callable
 
@@ -67,27 +72,81 @@ def forget_quality(truth_ratio, retain_truth_ratio) -> float:
     return float(scipy.stats.ks_2samp(array(truth_ratio), array(retain_truth_ratio)).pvalue)
 
 
+def harmonic_mean(values) -> float:
+    """n / sum(1 / v), 0 if any is 0."""
+    return float(scipy.stats.hmean(array(values)))
+
+
 def model_utility(scores: dict) -> float:
-    """Harmonic mean of TOFU's nine scores NINE, 0 if any is 0; in [0, 1], higher is better."""
-    return float(scipy.stats.hmean(array(list(scores.values()))))
+    """Harmonic mean of TOFU's nine scores NINE; in [0, 1], higher is better."""
+    return harmonic_mean(list(scores.values()))
+
+
+def is_latin(letter):
+    return unicodedata.name(letter, "").startswith("LATIN")
+
+
+SPACELESS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
+
+
+def unicode_words(text):
+    """Words of letters, marks and digits; of scripts without spaces every character is one."""
+    spaced = ""
+    for character in text.lower():
+        if unicodedata.category(character)[0] not in "LMN":
+            character = " "
+        elif unicodedata.name(character, "").startswith(SPACELESS):
+            character = f" {character} "
+        spaced += character
+    return spaced.split()
 
 
 @functools.cache
-def make_rouge_scorer(stem):
-    return rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=stem)
+def make_rouge_scorer(stem, latin):
+    tokenizer = None if latin else types.SimpleNamespace(tokenize=unicode_words)
+    return rouge_scorer.RougeScorer(["rouge1", "rougeL"], stem, tokenizer=tokenizer)
 
 
 def rouge(prediction: str, reference: str, stem: bool) -> dict:
     """ROUGE-1 recall, ROUGE-L recall and ROUGE-L F1, each in [0, 1]; 1 = repeats the reference.
 
-    TOFU reports L recall, stemmed; MUSE L F1, not stemmed.
+    TOFU reports L recall, stemmed; MUSE L F1, not stemmed. rouge_score knows the letters a to z
+    only; a reference that is mostly of others is compared by `unicode_words`, not stemmed.
     """
-    scores = make_rouge_scorer(stem).score(reference, prediction)
+    letters = [is_latin(character) for character in reference if character.isalpha()]
+    scorer = make_rouge_scorer(stem, 2 * sum(letters) >= len(letters))
+    scores = scorer.score(reference, prediction)
     return {
         "rouge1_recall": scores["rouge1"].recall,
         "rougeL_recall": scores["rougeL"].recall,
         "rougeL_f1": scores["rougeL"].fmeasure,
     }
+
+
+def is_degenerate(answer: str) -> bool:
+    """Is it empty, or does it repeat itself: are fewer than a third of its 4-grams distinct?
+
+    4-grams of words, of characters where there are no spaces. Fewer than four do not repeat.
+    """
+    parts = answer.split()
+    if len(parts) == 1:
+        parts = answer.strip()
+    grams = [tuple(parts[i:i + 4]) for i in range(len(parts) - 3)]
+    return not parts or 3 * len(set(grams)) < len(grams)
+
+
+def expected_maximum(scores, k: int) -> float:
+    """Unbiased mean of the maximum over k of n scores: sum_i s_(i) C(i-1, k-1) / C(n, k).
+
+    s_(i) ascending. k = 1: their mean; k = n: their maximum. leak@k of arXiv 2511.04934, where a
+    judge gives the scores.
+    """
+    ascending = np.sort(array(scores))
+    n = len(ascending)
+    if not 1 <= k <= n:
+        raise ValueError(f"the maximum over {k} of {n} scores")
+    weights = [math.comb(i, k - 1) / math.comb(n, k) for i in range(n)]
+    return float(ascending @ weights)
 
 
 def min_k(token_logps, k: float = 0.4, plus_plus_stats: tuple | None = None) -> float:
@@ -141,6 +200,46 @@ def extraction_strength(correct) -> float:
     wrong = np.flatnonzero(array(correct) == 0)
     start = wrong[-1] + 1 if len(wrong) else 0
     return float(1 - start / len(correct))
+
+
+def memorization(revealed) -> float:
+    """Harmonic mean of 1 - v; in [0, 1], 1 = nothing is revealed. arXiv 2506.12618, appendix F.1.
+
+    revealed: extraction strength, exact memorization, the paraphrased answer's probability, and the
+    mean of p / (p + p(wrong)) = 1 / (1 + R), R the truth ratio.
+    """
+    return harmonic_mean(1 - array(revealed))
+
+
+def privacy(aucs, retain_aucs, target_aucs) -> float:
+    """Harmonic mean over attacks of 1 - |auc - retain| / |target - retain|, cut to [0, 1].
+
+    1 = the retain model's AUCs; 0 = one is as far from them as the target's. arXiv 2506.12618,
+    appendix F.1, where the attacks are PRIVACY.
+    """
+    aucs, retain, target = map(array, (aucs, retain_aucs, target_aucs))
+    distances = abs(aucs - retain) / np.maximum(abs(target - retain), 1e-9)
+    return harmonic_mean(np.clip(1 - distances, 0, 1))
+
+
+PRIVACY = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_pp")
+
+
+def composite(scores: dict, retain: dict, target: dict) -> dict:
+    """privacy, utility_ratio and composite, their harmonic mean with memorization: those there are.
+
+    Of the scores of a model, its retain model and its target; in [0, 1], but utility_ratio =
+    utility / the target's may exceed 1. In the paper utility has a fluency part, a classifier's.
+    """
+    found = {}
+    if {*PRIVACY} <= scores.keys() & retain.keys() & target.keys():
+        found["privacy"] = privacy(*[[some[key] for key in PRIVACY]
+                                     for some in (scores, retain, target)])
+    if scores.get("model_utility") is not None and target.get("model_utility"):
+        found["utility_ratio"] = scores["model_utility"] / target["model_utility"]
+    if len(found) == 2 and "memorization" in scores:
+        found["composite"] = harmonic_mean([scores["memorization"], *found.values()])
+    return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -250,13 +349,16 @@ def choices(logits, labels):
     return torch.stack([losses.token_logps(logits, labels), logits.argmax(-1) == labels], -1)
 
 
-def generate_answers(lm, template, records, known, c, proc):
-    """Add the greedy answer to each question, and its ROUGE. known: see score_answers."""
+def generate_answers(lm, template, records, known, c, proc, choose=None):
+    """Add the answer to each question, and its ROUGE; greedy, unless a token is `choose`n.
+
+    known: see score_answers.
+    """
     asked = [record for record in records if key_of(record) in known]
     prompts = [template.prompt_ids(record["question"]) for record in asked]
     begun = [known[key_of(record)] for record in asked]
     texts = models.generate(lm, template.tokenizer, prompts, c.max_new_tokens, proc,
-                            4 * c.micro_batch_tokens, "answering", begun)
+                            4 * c.micro_batch_tokens, "answering", begun, choose=choose)
     for record, text in zip(asked, texts):
         record["generated"] = text.strip()
         record |= rouge(text, record["answer"], stem=True)
@@ -358,14 +460,14 @@ def record_texts(lm, tokenizer, bench, c, proc):
     return [record for record, *_ in scored]
 
 
-def record_continuations(lm, tokenizer, name, rows, c, proc):
+def record_continuations(lm, tokenizer, name, rows, c, proc, choose=None):
     """Greedy continuations of VerbMem's passages, or answers to KnowMem's questions."""
     is_verbatim = name == "verbmem_f"
     rows = rows[:c.eval_rows]
     max_new_tokens = c.max_new_tokens if is_verbatim else KNOWMEM_TOKENS
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
     texts = models.generate(lm, tokenizer, prompts, max_new_tokens, proc,
-                            4 * c.micro_batch_tokens, "answering")
+                            4 * c.micro_batch_tokens, "answering", choose=choose)
     records = []
     for i, (row, text) in enumerate(zip(rows, texts)):
         record = {"set": name, "index": i, **row}
