@@ -170,8 +170,7 @@ def auc(forget_scores, holdout_scores) -> float:
     Scores: higher = more like a member of the training set.
     """
     forget, holdout = array(forget_scores), array(holdout_scores)
-    ranks = scipy.stats.rankdata(np.concatenate([forget, holdout]))[:len(forget)]
-    n_wins = ranks.sum() - len(forget) * (len(forget) + 1) / 2
+    n_wins = scipy.stats.mannwhitneyu(forget, holdout, method="asymptotic").statistic
     return float(n_wins / (len(forget) * len(holdout)))
 
 
@@ -226,20 +225,16 @@ PRIVACY = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_pp")
 
 
 def composite(scores: dict, retain: dict, target: dict) -> dict:
-    """privacy, utility_ratio and composite, their harmonic mean with memorization: those there are.
+    """privacy, utility_ratio, and composite: the harmonic mean of both and memorization.
 
-    Of the scores of a model, its retain model and its target; in [0, 1], but utility_ratio =
-    utility / the target's may exceed 1. In the paper utility has a fluency part, a classifier's.
+    Of the scores of a model, its retain model and its target, audited; higher is better. All are in
+    [0, 1] but utility_ratio, utility / the target's, which may exceed 1: in the paper utility has
+    a part for fluency too, from a classifier.
     """
-    found = {}
-    if {*PRIVACY} <= scores.keys() & retain.keys() & target.keys():
-        found["privacy"] = privacy(*[[some[key] for key in PRIVACY]
-                                     for some in (scores, retain, target)])
-    if scores.get("model_utility") is not None and target.get("model_utility"):
-        found["utility_ratio"] = scores["model_utility"] / target["model_utility"]
-    if len(found) == 2 and "memorization" in scores:
-        found["composite"] = harmonic_mean([scores["memorization"], *found.values()])
-    return found
+    aucs = [[some[key] for key in PRIVACY] for some in (scores, retain, target)]
+    utility_ratio = scores["model_utility"] / target["model_utility"]
+    found = {"privacy": privacy(*aucs), "utility_ratio": utility_ratio}
+    return found | {"composite": harmonic_mean([scores["memorization"], *found.values()])}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -379,15 +374,25 @@ def tofu_scores(records, retain_records=None, c=None):
         check_same_questions(rows, retained)
         quality = forget_quality(truth_ratios(rows), truth_ratios(retained))
         scores = {"forget_quality": quality} | scores
-    return scores | audit_scores(records, retain_records)
+    scores |= audit_scores(records, retain_records)
+    if {"forget_paraphrased_prob", "forget_truth_ratio", *data.MEMORIZATION} <= scores.keys():
+        revealed = [scores[key] for key in ("forget_paraphrased_prob", *data.MEMORIZATION)]
+        scores["memorization"] = memorization([*revealed, np.mean(1 / (1 + truth_ratios(rows)))])
+    return scores
 
 
 def set_scores(name, rows):
-    """<set>_prob, <set>_rouge and <set>_truth_ratio, those that the records allow."""
+    """<set>_prob, <set>_rouge and <set>_truth_ratio, those that the records allow.
+
+    And forget_paraphrased_prob: a paraphrase of the answer, asked for with the same question.
+    """
     nlls = column(rows, "nll")
     if name in OPTIONS:
         nlls = [option_nll(row) for row in rows]
     scores = {f"{name}_prob": np.exp(-np.array(nlls)).mean()}
+    if name == "forget" and all("paraphrased_nll" in row for row in rows):
+        nlls = column(rows, "paraphrased_nll")
+        scores["forget_paraphrased_prob"] = np.exp(-np.array(nlls)).mean()
     if all("rougeL_recall" in row for row in rows):
         scores[f"{name}_rouge"] = np.mean(column(rows, "rougeL_recall"))
     if all("perturbed_nll" in row for row in rows):
@@ -407,11 +412,8 @@ def option_nll(row):
 
 def truth_ratios(rows):
     """(N,) R of each record; records may have different numbers of wrong answers."""
-    ratios = []
-    for row in rows:
-        correct = row.get("paraphrased_nll", row["nll"])
-        ratios += [*truth_ratio([correct], [row["perturbed_nll"]])]
-    return np.array(ratios)
+    return np.array([truth_ratio(row.get("paraphrased_nll", row["nll"]), row["perturbed_nll"])
+                     for row in rows])
 
 
 def check_same_questions(rows, retain_rows):
@@ -561,11 +563,10 @@ def record_audits(lm, tokenizer, bench, c, proc):
         return [template.encode(row, c.max_length)]
 
     scored = score_rows(lm, sets, encode, c, proc, audit_measures)
-    mine, norms = {}, {}
+    mine = {}
     for i in proc.progress(range(proc.rank, len(scored), proc.world), "gradients"):
         mine[i] = gradient_norm(lm, scored[i][2], proc)
-    for some in proc.gather(mine):
-        norms |= some
+    norms = proc.merge(mine)
     for i, (record, row, _, [values]) in enumerate(scored):
         logps, correct, mean, variance = values.T
         text = row.get("answer", row.get("text"))
@@ -664,17 +665,22 @@ MARKOV = Protocol(
 OWN = dataclasses.replace(  # template None: chat, where the tokenizer has one, else qa
     TOFU, settings={"max_length": 500, "max_new_tokens": 200}, needs_retain=False)
 BENCHMARKS = {"demo": TOFU, "tofu": TOFU, "muse": MUSE, "markov": MARKOV, "own": OWN}
-ARROWS = {  # where better is
-    **dict.fromkeys(("forget_quality", "model_utility", "forget_truth_ratio", *NINE, "knowmem_r",
-                     "forget1_kl", "forget2_kl"), "↑"),
-    **dict.fromkeys(("forget_prob", "forget_rouge", "verbmem_f", "knowmem_f", "retain_kl",
-                     *data.MEMORIZATION), "↓"),
-    **{f"mia_{key}": "→0.5" for key in (*data.MEMBERSHIP, "reference")},
-    "privleak": "→0",
-}
+ARROWS = {}  # where better is
+for arrow, keys in {
+    "↑": ("forget_quality", "model_utility", "forget_truth_ratio", *NINE, "knowmem_r",
+          "forget1_kl", "forget2_kl", "memorization", "privacy", "utility_ratio", "composite"),
+    "↓": ("forget_prob", "forget_rouge", "forget_paraphrased_prob", "degenerate", "verbmem_f",
+          "knowmem_f", "retain_kl", *data.MEMORIZATION),
+    "→0.5": [f"mia_{key}" for key in (*data.MEMBERSHIP, "reference")],
+    "→0": ("privleak",),
+}.items():
+    ARROWS |= dict.fromkeys(keys, arrow)
 
 
-def evaluate(lm, tokenizer, bench, c, proc, retain_records=None) -> tuple:
+FORGET_SETS = ("forget", "verbmem_f", "knowmem_f")
+
+
+def evaluate(lm, tokenizer, bench, c, proc, retain_records=None, target_records=None) -> tuple:
     """(scores, records) of a model as it is: the one function behind every number here."""
     with proc.clock.phase("scoring"):
         was_training = lm.training
@@ -683,11 +689,14 @@ def evaluate(lm, tokenizer, bench, c, proc, retain_records=None) -> tuple:
         if c.audits:
             records += record_audits(lm, tokenizer, bench, c, proc)
         lm.train(was_training)
-        return summarize(records, retain_records, c), records
+        return summarize(records, retain_records, c, target_records), records
 
 
-def summarize(records: list, retain_records: list | None, c) -> dict:
-    """{score: value} of records, against the retain model's where they are given."""
+def summarize(records: list, retain_records: list | None, c, target_records=None) -> dict:
+    """{score: value} of records, against the retain model's and the target's where given.
+
+    degenerate: the share of answers about the forget set that are empty or repeat themselves.
+    """
     for record in records + (retain_records or []):
         name = record["set"]
         if (name in data.MUSE_SETS) != (c.benchmark == "muse") and not name.startswith("audit_"):
@@ -698,6 +707,13 @@ def summarize(records: list, retain_records: list | None, c) -> dict:
     except KeyError as e:  # of a recorded log
         raise UsageError(f"not scored as --benchmark={c.benchmark}: a scored example has no {e}; "
                          "was it recorded so?") from None
+    answers = [record["generated"] for record in records
+               if record["set"] in FORGET_SETS and "generated" in record]
+    if answers:
+        scores["degenerate"] = np.mean([is_degenerate(answer) for answer in answers])
+    if target_records and {"memorization", "mia_reference", "model_utility"} <= scores.keys():
+        others = [summarize(some, None, c) for some in (retain_records, target_records)]
+        scores |= composite(scores, *others)
     wrong = [f"{key} {value}" for key, value in scores.items() if not np.isfinite(value)]
     if wrong:
         raise Failure(f"scores are not finite ({', '.join(wrong)}): the model has broken down; "
@@ -778,8 +794,9 @@ class Config(
 
 @dataclasses.dataclass(frozen=True)
 class Command(Config):
-    """a question"""
+    """what is done with the models"""
     ask: str | None = None  # print every model's greedy answer to it, and score nothing
+    select: str | None = None  # order the table by this score, best first, and choose a run
 
 
 # all but what belongs to one run or one machine
@@ -928,48 +945,84 @@ def ask(question, names, c, proc):
         proc.say(f"{name}: {answers[0].strip()}")
 
 
-def check_retain_model(names, c, given):
-    """Forget quality needs a retain model, and says nothing of one compared with itself."""
+def check_not_itself(names, given):
     for key in ("retain_model", "retain_log"):
         other = given.get(key)
         if other and len(names) == 1 and same(names[0], other):
             raise UsageError(f"--{key}={other}: this is {names[0]} itself; name a model that never "
-                             "saw the forget set.")
-    needs_retain = BENCHMARKS[c.benchmark].needs_retain and not c.forget_data
-    if needs_retain and not (c.retain_model or c.retain_log):
-        raise UsageError("forget quality needs a model that never saw the forget set: give "
-                         "--retain_model=MODEL or --retain_log=LOG (evaluate.py of a retain model "
-                         "writes one, examples.jsonl).")
+                             "saw the forget set, or none.")
 
 
-def compare(runs, logs, proc, path):
+def select(key, table, targets):
+    """Choose a run by a score: (the labels, best first; the sentences that say which and why).
+
+    Best is where the score's arrow points. A run is never chosen if the share of its answers that
+    are degenerate is more than 5 points above its target's.
+    """
+    goal = ARROWS[key]
+
+    def badness(label):
+        value = table[label].get(key, math.nan)
+        if math.isnan(value):
+            return math.inf
+        if goal in "↑↓":
+            return value if goal == "↓" else -value
+        return abs(value - float(goal[1:]))
+
+    ordered = sorted(table, key=badness)
+    sentences = []
+    for label in ordered:
+        share, before = [some.get("degenerate", 0) for some in (table[label], targets[label])]
+        reason = f"{share:.0%} of its answers are empty or repeat, of the target's {before:.0%}"
+        if share > before + 0.05:
+            sentences.append(f"not chosen: {label}, {reason}")
+        elif badness(label) < math.inf:
+            value = configs.number(table[label][key])
+            sentences.append(f"chosen: {label}, the best {key} {goal} of the rest, {value}; "
+                             f"{reason}")
+            break
+    return ordered, sentences
+
+
+def compare(runs, logs, proc, path, key=None):
     """Score runs {label: (name, settings)}, each against its own retain model.
 
-    Print their table; it goes to <path>.md and .csv too, with its picture <path>.png.
+    Print their table, ordered by the score `key`; it goes to <path>.md and .csv too, with its
+    picture <path>.png.
     """
     _, c = next(iter(runs.values()))
+    reads_target = c.model and (c.audits or key)
     bench = None
-    if len(logs) < len(runs) or (c.retain_model and not c.retain_log):
+    if len(logs) < len(runs) or (c.retain_model and not c.retain_log) or reads_target:
         bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, train=False,
                           holdout=c.audits)
-    table, samples, retain_models = {}, {}, {}
+    if BENCHMARKS[c.benchmark].needs_retain and not (c.retain_model or c.retain_log):
+        proc.say("No retain model, so no forget quality: it needs --retain_model=MODEL, one that "
+                 "never saw the forget set, or --retain_log=LOG, the examples.jsonl of one.")
+    table, samples, retain_models, targets = {}, {}, {}, {}
     for label, (name, c) in runs.items():
         retain = retain_reference(c, proc, bench)
+        target = reference(c, proc, c.model, bench) if reads_target else None
         if name in logs:
             records = logs[name]
         elif retain and not c.retain_log and same(name, c.retain_model):
             records = retain
         else:
             _, records = evaluate(*load(name, c, proc), bench, c, proc)
-        table[label], samples[label] = summarize(records, retain, c), records
+        table[label], samples[label] = summarize(records, retain, c, target), records
+        targets[label] = summarize(target, None, c) if target else {}
         if proc.rank == 0:
             save_scores(c.out, table[label], records)
         if retain:
             other = os.path.basename(c.retain_log or c.retain_model)
             retain_models[f"retain model {other}"] = summarize(retain, None, c)
     if proc.rank == 0:
+        sentences = []
+        if key:
+            ordered, sentences = select(key, table, targets)
+            table = {label: table[label] for label in ordered}
         shown = configs.show_tables({"scores": table}, ARROWS, path)
-        proc.say(f"{configs.samples(samples)}\n\n{shown}")
+        proc.say("\n".join([configs.samples(samples), "", shown, "", *sentences]).rstrip())
         if path:
             trajectory(f"{path}.png", {}, table | retain_models, c)
             proc.say(f"\n{path}.png, {path}.md, {path}.csv")
@@ -977,14 +1030,15 @@ def compare(runs, logs, proc, path):
 
 def main(argv):
     given, names = configs.parse(Command, argv, __doc__)
-    question = given.pop("ask", None)
+    question, key = given.pop("ask", None), given.pop("select", None)
+    if key not in (None, *ARROWS):
+        raise UsageError(f"--select={key}: any of {', '.join(ARROWS)}.")
     if not names:
         raise UsageError("name at least one run directory, model or log: python evaluate.py "
                          "out/demo (--help has the details).")
     logs = {name: data.read_log(name) for name in names if name.endswith((".json", ".jsonl"))}
     c = configs.make(Config, inherit(INHERITED, names, given))
-    if not question:
-        check_retain_model(names, c, given)
+    check_not_itself(names, given)
     for name in names:
         if name not in logs:
             configs.check_name(name, "model")
@@ -992,6 +1046,8 @@ def main(argv):
     for _, own in runs.values():
         if own.retain_model and not own.retain_log:
             configs.check_name(own.retain_model, "retain_model")
+        if own.model and (own.audits or key):
+            configs.check_name(own.model, "model")
     proc = setup(c)
     if question:
         ask(question, names, c, proc)
@@ -999,7 +1055,7 @@ def main(argv):
         for _, own in runs.values():
             rundir.writable(own.out)
         path = os.path.join(given.get("out", "out"), "comparison") if len(names) > 1 else None
-        compare(runs, logs, proc, path)
+        compare(runs, logs, proc, path, key)
     models.cleanup()
 
 
