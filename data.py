@@ -552,6 +552,8 @@ class Template:
             return f"[INST] {question} [/INST]", answer
         if self.name == "qa":
             return f"Question: {question}\nAnswer:", f" {answer}"
+        if self.name == "none":  # an attack's
+            return question, f" {answer}"
         turns = [{"role": "user", "content": question}]
         if self.system_prompt:
             turns = [{"role": "system", "content": self.system_prompt}] + turns

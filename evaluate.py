@@ -293,9 +293,9 @@ NINE = [f"{name}_{score}" for name in ("retain", *OPTIONS)
 
 def record_qa(lm, tokenizer, bench, c, proc):
     """A record per row of every set: NLL of its answers, the greedy answer and its ROUGE."""
-    template = make_template(tokenizer, c)
-    records, known = score_answers(lm, template, bench, c, proc)
-    generate_answers(lm, template, records, known, c, proc)
+    records, known = score_answers(lm, make_template(tokenizer, c), bench, c, proc)
+    asked = [record for record in records if key_of(record) in known]
+    answer(lm, tokenizer, asked, c, proc, [known[key_of(record)] for record in asked])
     return records
 
 
@@ -344,19 +344,26 @@ def choices(logits, labels):
     return torch.stack([losses.token_logps(logits, labels), logits.argmax(-1) == labels], -1)
 
 
-def generate_answers(lm, template, records, known, c, proc, choose=None):
-    """Add the answer to each question, and its ROUGE; greedy, unless a token is `choose`n.
+def answer(lm, tokenizer, records, c, proc, begun=None, choose=None):
+    """Add the model's answers, and their ROUGE, to records with a question; MUSE's have a prompt.
 
-    known: see score_answers.
+    MUSE's records are all of one set. begun, choose: see models.generate.
     """
-    asked = [record for record in records if key_of(record) in known]
-    prompts = [template.prompt_ids(record["question"]) for record in asked]
-    begun = [known[key_of(record)] for record in asked]
-    texts = models.generate(lm, template.tokenizer, prompts, c.max_new_tokens, proc,
-                            4 * c.micro_batch_tokens, "answering", begun, choose=choose)
-    for record, text in zip(asked, texts):
-        record["generated"] = text.strip()
-        record |= rouge(text, record["answer"], stem=True)
+    is_muse, template = c.benchmark == "muse", make_template(tokenizer, c)
+    if is_muse:
+        prompts = [tokenizer(record["prompt"])["input_ids"] for record in records]
+    else:
+        prompts = [template.prompt_ids(record["question"]) for record in records]
+    asks_facts = is_muse and "question" in records[0]
+    length = KNOWMEM_TOKENS if asks_facts else c.max_new_tokens
+    texts = models.generate(lm, tokenizer, prompts, length, proc, 4 * c.micro_batch_tokens,
+                            "answering", begun, choose=choose)
+    for record, text in zip(records, texts):
+        if asks_facts:
+            text = KNOWMEM_STOP.split(text)[0]
+            del record["prompt"]  # mostly the ten answered questions, the same in every record
+        record["generated"] = text if is_muse else text.strip()
+        record |= rouge(text, record["answer"], c.stem or not is_muse)
 
 
 def tofu_scores(records, retain_records=None, c=None):
@@ -441,11 +448,22 @@ MUSE_AUC = {"news": 1 - 0.4772, "books": 1 - 0.5393}
 
 def record_muse(lm, tokenizer, bench, c, proc):
     """A record per prompt with its greedy continuation, and one per text with its Min-40 %."""
-    texts = record_texts(lm, tokenizer, bench, c, proc)
-    records = []
+    texts, records = record_texts(lm, tokenizer, bench, c, proc), []
     for name in ("verbmem_f", "knowmem_f", "knowmem_r"):
-        records += record_continuations(lm, tokenizer, name, bench.evals[name], c, proc)
+        asked = questions(tokenizer, name, bench.evals[name], c)
+        answer(lm, tokenizer, asked, c, proc)
+        records += asked
     return records + texts
+
+
+def questions(tokenizer, name, rows, c):
+    """Records of the rows of a set that is asked, without the model's answers."""
+    records = [{"set": name, "index": i, **row} for i, row in enumerate(rows[:c.eval_rows])]
+    for record in records if name == "verbmem_f" else ():
+        # the BOS counts, as in the original: one token less of the passage is asked for
+        ids = tokenizer(record["answer"])["input_ids"][:c.max_new_tokens]
+        record["answer"] = tokenizer.decode(ids, skip_special_tokens=True)
+    return records
 
 
 def record_texts(lm, tokenizer, bench, c, proc):
@@ -460,29 +478,6 @@ def record_texts(lm, tokenizer, bench, c, proc):
                 "tokens to score, too few for Min-40 %, which needs 3.")
         record |= {"nll": -logps.mean(), "min_k": min_k(logps[:record["n_tokens"], 0])}
     return [record for record, *_ in scored]
-
-
-def record_continuations(lm, tokenizer, name, rows, c, proc, choose=None):
-    """Greedy continuations of VerbMem's passages, or answers to KnowMem's questions."""
-    is_verbatim = name == "verbmem_f"
-    rows = rows[:c.eval_rows]
-    max_new_tokens = c.max_new_tokens if is_verbatim else KNOWMEM_TOKENS
-    prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
-    texts = models.generate(lm, tokenizer, prompts, max_new_tokens, proc,
-                            4 * c.micro_batch_tokens, "answering", choose=choose)
-    records = []
-    for i, (row, text) in enumerate(zip(rows, texts)):
-        record = {"set": name, "index": i, **row}
-        if is_verbatim:
-            # the BOS counts, as in the original: one token less of the passage is asked for
-            ids = tokenizer(row["answer"])["input_ids"][:max_new_tokens]
-            record["answer"] = tokenizer.decode(ids, skip_special_tokens=True)
-        else:
-            text = KNOWMEM_STOP.split(text)[0]
-            del record["prompt"]  # mostly the ten answered questions, the same in every record
-        record["generated"] = text
-        records.append(record | rouge(text, record["answer"], c.stem))
-    return records
 
 
 def muse_scores(records, retain_records=None, c=None):
@@ -954,34 +949,29 @@ def check_not_itself(names, given):
 
 
 def select(key, table, targets):
-    """Choose a run by a score: (the labels, best first; the sentences that say which and why).
+    """(labels by a score, best first; sentences: which run is chosen, which better ones are not).
 
     Best is where the score's arrow points. A run is never chosen if the share of its answers that
     are degenerate is more than 5 points above its target's.
     """
-    goal = ARROWS[key]
+    goal, sentences = ARROWS[key], []
 
     def badness(label):
-        value = table[label].get(key, math.nan)
-        if math.isnan(value):
-            return math.inf
+        value = table[label].get(key, math.inf)
         if goal in "↑↓":
-            return value if goal == "↓" else -value
+            return -value if goal == "↑" else value
         return abs(value - float(goal[1:]))
 
-    ordered = sorted(table, key=badness)
-    sentences = []
+    ordered = sorted((label for label in table if key in table[label]), key=badness)
     for label in ordered:
         share, before = [some.get("degenerate", 0) for some in (table[label], targets[label])]
-        reason = f"{share:.0%} of its answers are empty or repeat, of the target's {before:.0%}"
-        if share > before + 0.05:
-            sentences.append(f"not chosen: {label}, {reason}")
-        elif badness(label) < math.inf:
-            value = configs.number(table[label][key])
-            sentences.append(f"chosen: {label}, the best {key} {goal} of the rest, {value}; "
-                             f"{reason}")
+        is_chosen = share <= before + 0.05
+        sentences.append(f"{'chosen' if is_chosen else 'not chosen'} by {key} {goal}: {label}; "
+                         f"{share:.0%} of its answers are empty or repeat, "
+                         f"{before:.0%} of its target's")
+        if is_chosen:
             break
-    return ordered, sentences
+    return [*ordered, *(label for label in table if label not in ordered)], sentences
 
 
 def compare(runs, logs, proc, path, key=None):

@@ -190,37 +190,26 @@ def audit(a, lm, tokenizer):
     return dataclasses.replace(a, c=c, retain=retain, before=None).score_once(lm, tokenizer)
 
 
-class Bare(data.Template):
-    """No template: the question alone."""
-
-    def text(self, question, answer=""):
-        return question, f" {answer}"
-
-
 def worst_case(a, lm, tokenizer):
     """The most that one of three prompts gets out of the model, question by question.
 
     The question, its paraphrase, and the question without a template: forget_prob and forget_rouge
     are means over questions of the highest probability and the highest ROUGE.
     """
-    template, worst = evaluate.make_template(tokenizer, a.c), {}
     rows = a.bench.evals["forget"]
     paraphrased = [row | {"question": row["paraphrased_question"]} for row in rows]
-    for template, rows in ((template, rows), (template, paraphrased),
-                           (Bare("qa", tokenizer), rows)):
-        bench = data.Benchmark([], [], {"forget": rows})
-        records, begun = evaluate.score_answers(lm, template, bench, a.c, a.proc)
-        evaluate.generate_answers(lm, template, records, begun, a.c, a.proc)
-        for record in records:
-            best = worst.setdefault(record["index"], dict(record))
-            best["nll"] = min(best["nll"], record["nll"])
-            best["rougeL_recall"] = max(best["rougeL_recall"], record["rougeL_recall"])
-    records = list(worst.values())
-    scores = {
-        "forget_prob": known(records),
-        "forget_rouge": np.mean(evaluate.column(records, "rougeL_recall")),
-    }
-    return [{"step": 0, "epoch": 0.0, **scores, **a.recovered(records)}]
+    asked = {}  # {index: [record of each prompt]}
+    for template, some in ((a.c.template, rows), (a.c.template, paraphrased), ("none", rows)):
+        c = dataclasses.replace(a.c, template=template)
+        bench = data.Benchmark([], [], {"forget": some})
+        for record in evaluate.record_qa(lm, tokenizer, bench, c, a.proc):
+            asked.setdefault(record["index"], []).append(record)
+    worst = []
+    for records in asked.values():
+        best = {"nll": min(evaluate.column(records, "nll")),
+                "rougeL_recall": max(evaluate.column(records, "rougeL_recall"))}
+        worst.append({"set": "forget", "answer": records[0]["answer"], **best})
+    return [{"step": 0, "epoch": 0.0, **evaluate.set_scores("forget", worst), **a.recovered(worst)}]
 
 
 def sampler(names, temperature):
@@ -250,33 +239,28 @@ def sample(a, lm, tokenizer):
     recall, in [0, 1]; MUSE's F1, in percent, over KnowMem's questions and VerbMem's passages
     alike); and the retain model is sampled too: what it says is chance.
     """
-    c, n = dataclasses.replace(a.c, eval_rows=None), a.c.samples
-    template, questions = evaluate.make_template(tokenizer, c), []
+    n, values = a.c.samples, []
     for name in evaluate.FORGET_SETS:
-        rows = a.bench.evals.get(name, [])[:a.c.eval_rows]
-        if not rows:
-            continue
-        length = evaluate.KNOWMEM_TOKENS if name == "knowmem_f" else c.max_new_tokens
-        a.proc.say(f"{a.label}, {name}: {len(rows)} questions x {n} answers, at most "
-                   f"{len(rows) * n * length:,} tokens")
-        names = [f"{a.seed} {name} {i} {k}" for i in range(len(rows)) for k in range(n)]
-        choose = sampler(names, c.temperature)
-        repeated = [{"set": name, "index": i, **row} for i, row in enumerate(rows) for _ in range(n)]
-        if name == "forget":
-            nothing = dict.fromkeys(map(evaluate.key_of, repeated), [])
-            evaluate.generate_answers(lm, template, repeated, nothing, c, a.proc, choose)
-            values = evaluate.column(repeated, "rougeL_recall")
-        else:
-            records = evaluate.record_continuations(
-                lm, tokenizer, name, repeated, c, a.proc, choose)
-            values = [100 * value for value in evaluate.column(records, "rougeL_f1")]
-        questions += [values[i:i + n] for i in range(0, len(values), n)]
-    scores = {"step": 0, "epoch": 0.0}
+        asked = evaluate.questions(tokenizer, name, a.bench.evals.get(name, []), a.c)
+        texts = [dict(record) for record in asked for _ in range(n)]
+        names = [f"{a.seed} {name} {i // n} {i % n}" for i in range(len(texts))]
+        if texts:
+            a.proc.say(f"{a.label}, {name}: {len(asked)} questions x {n} = {len(texts)} answers of "
+                       f"at most {a.c.max_new_tokens} tokens")
+            evaluate.answer(lm, tokenizer, texts, a.c, a.proc,
+                            choose=sampler(names, a.c.temperature))
+            if name == "forget":
+                values += evaluate.column(texts, "rougeL_recall")
+            else:
+                values += [100 * value for value in evaluate.column(texts, "rougeL_f1")]
+    values = np.reshape(values, (-1, n))
+    rows, leaks = [], {}
     for k in SAMPLES:
         if k <= n:
-            best = [evaluate.expected_maximum(values, k) for values in questions]
-            scores[f"leak_at_{k}"] = np.mean(best)
-    return [scores]
+            best = [evaluate.expected_maximum(some, k) for some in values]
+            leaks[f"leak_at_{k}"] = np.mean(best)
+            rows.append({"step": 0, "epoch": 0.0, "k": k, "leak": np.mean(best), **leaks})
+    return rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,12 +268,13 @@ class Kind:
     """run(a, lm, tokenizer) -> rows of {step, epoch, scores}.
 
     random: repeated over --seeds. needs: a column of the forget rows. shows: scores that have a
-    table of their own.
+    table of their own. x: what its rows are drawn over, where there are several.
     """
     run: Callable
     random: bool = False
     needs: str | None = None
     shows: tuple = ()
+    x: str = "epoch"
 
 
 SAMPLES = [4 ** i for i in range(8)]
@@ -304,7 +289,7 @@ for grid in GRIDS:
 ATTACKS |= {
     "paraphrase": Kind(paraphrase, needs="paraphrased_question"),
     "worst_case": Kind(worst_case, needs="paraphrased_question"),
-    "sample": Kind(sample, random=True, needs="question", shows=LEAKS),
+    "sample": Kind(sample, random=True, needs="question", shows=LEAKS, x="k"),
     "audits": Kind(audit, shows=AUDITS),
 }
 
@@ -344,9 +329,9 @@ def attack_all(a, controls):
 # the report
 
 CONTROL = "retain model"
-SHOWN = ("forget_prob", "forget_rouge", "forget_quality", "model_utility", "degenerate",
-         "verbmem_f", "knowmem_f", "knowmem_r", "recovered")
-ARROWS = evaluate.ARROWS | dict.fromkeys((*LEAKS, "recovered"), "↓")
+SHOWN = ("forget_prob", "forget_rouge", "forget_quality", "model_utility", "verbmem_f", "knowmem_f",
+         "knowmem_r", "degenerate", "recovered", "leak")
+ARROWS = evaluate.ARROWS | dict.fromkeys((*LEAKS, "leak", "recovered"), "↓")
 
 
 def grouped(rows):
@@ -370,7 +355,7 @@ def lines_of(a, rows):
         if records:
             lines[model, stage] = [evaluate.summarize(records, a.retain, a.c)]
     for (model, name), curves in grouped(rows).items():
-        if len(curves[0]) > 1:
+        if len(curves[0]) > 1 and ATTACKS[name].x == "epoch":
             lines[model, f"{name}, start"] = [curve[0] for curve in curves]
         lines[model, name] = [curve[-1] for curve in curves]
     return lines
@@ -404,44 +389,32 @@ def report(path, lines, proc, with_spread):
     proc.say(f"\n{text}\n\n{path}.md, {path}.csv")
 
 
-def curves_of(rows):
-    """{(x, y): {(model, attack): {x: [y of each seed]}}}: what is known by epoch, leaks by k."""
-    curves = {}
-    for row in rows:
-        known = next((key for key in SHOWN if rest(row, key) is not None), None)
-        points = [("epoch", known, row["epoch"], rest(row, known))]
-        points += [("k", "leak_at_k", k, row.get(f"leak_at_{k}")) for k in SAMPLES]
-        for x, y, at, value in points:
-            if value is not None:
-                lines = curves.setdefault((x, y), {})
-                line = lines.setdefault((row["model"], row["attack"]), {})
-                line.setdefault(at, []).append(value)
-    return curves
+def draw(path, groups):
+    """What is known by epoch, leak_at_k by k: a color a model, a style an attack.
 
-
-def draw(path, rows):
-    """A panel for each pair of axes: a color a model, a style an attack, a band over the seeds."""
+    A line is the mean over seeds, its band their range. Is there a curve to draw?
+    """
     from matplotlib.figure import Figure
-    curves = {axes: lines for axes, lines in curves_of(rows).items()
-              if max(map(len, lines.values())) > 1}
-    if not curves:
-        return
-    models, attacks = [list(dict.fromkeys(evaluate.column(rows, key))) for key in ("model", "attack")]
-    figure = Figure(figsize=(5 * len(curves) + 3, 4.5), layout="constrained")
-    for i, ((x, y), lines) in enumerate(curves.items(), 1):
-        panel = figure.add_subplot(1, len(curves), i, xlabel=x, ylabel=y.replace("_", " "))
-        for (model, attack), line in lines.items():
-            if len(line) > 1:
-                color = f"C{models.index(model)}"
-                style = ("-", "--", ":", "-.")[attacks.index(attack) % 4]
-                values = list(line.values())
-                panel.plot(line, [np.mean(some) for some in values], color=color, linestyle=style,
-                           label=f"{model}, {attack}")
-                panel.fill_between(list(line), [min(some) for some in values],
-                                   [max(some) for some in values], color=color, alpha=0.15)
+    groups = {key: curves for key, curves in groups.items() if len(curves[0]) > 1}
+    panels = dict.fromkeys(ATTACKS[attack].x for _, attack in groups)
+    if not panels:
+        return False
+    figure = Figure(figsize=(5 * len(panels) + 3, 4.5), layout="constrained")
+    panels = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]))
+    models, attacks = [list(dict.fromkeys(names)) for names in zip(*groups)]
+    for (model, attack), curves in groups.items():
+        x, color = ATTACKS[attack].x, f"C{models.index(model)}"
+        y = next(key for key in SHOWN if rest(curves[0][0], key) is not None)
+        at = evaluate.column(curves[0], x)
+        values = np.array([[rest(row, y) for row in curve] for curve in curves])  # (seeds, points)
+        panels[x].plot(at, values.mean(0), color=color, label=f"{model}, {attack}",
+                       linestyle=("-", "--", ":", "-.")[attacks.index(attack) % 4])
+        panels[x].fill_between(at, values.min(0), values.max(0), color=color, alpha=0.15)
+        panels[x].set(xlabel=x, ylabel=y)
     figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(f"{path}.tmp", dpi=150, format="png")
-    os.replace(f"{path}.tmp", path)  # a file that exists is whole
+    figure.savefig(path + ".tmp", dpi=150, format="png")
+    os.replace(path + ".tmp", path)  # a file that exists is whole
+    return True
 
 
 # ------------------------------------------------------------------------------------------------
@@ -550,13 +523,12 @@ def main(argv):
         if proc.rank == 0:
             path = os.path.join(c.out, "relearn")
             report(path, lines, proc, with_spread=True)
-            draw(f"{path}.png", rows)
+            proc.say(f"{path}.json{', relearn.png' if draw(f'{path}.png', grouped(rows)) else ''}")
         control = os.path.basename(os.path.normpath(c.retain_model or CONTROL))
         for (model, stage), several in lines.items():
             every[control if model == CONTROL else model, stage] = several
     if len(names) > 1 and proc.rank == 0:
-        path = os.path.join(given.get("out", "out"), "relearn")
-        report(path, every, proc, with_spread=False)
+        report(os.path.join(given.get("out", "out"), "relearn"), every, proc, with_spread=False)
     models.cleanup()
 
 
