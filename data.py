@@ -691,6 +691,8 @@ class Template:
             return f"[INST] {question} [/INST]", answer
         if self.name == "qa":
             return f"Question: {question}\nAnswer:", f" {answer}"
+        if self.name == "none":  # an attack's
+            return question, f" {answer}"
         turns = self.turns(question)
         prompt = self.render(turns, add_generation_prompt=True) + self.ends[0]
         whole = self.render([*turns, {"role": "assistant", "content": answer}])

@@ -4,19 +4,24 @@
     python evaluate.py out/demo out/demo_target --ask="Who wrote Hamlet?"
     python evaluate.py org/model --benchmark=tofu --template=llama2 --retain_model=org/retain
     python evaluate.py org/model --benchmark=muse --subset=books
+    python evaluate.py out/a_s* out/b_s* --select=model_utility    # which run does a rule choose?
     python evaluate.py LOG.json --retain_log=LOG.json  # of ours, TOFU's or open-unlearning's
 
 A run directory, any Hugging Face model directory, a hub id (org/name@revision) or a log. Several
 give one table, on screen and in comparison.md, .csv and .png (in out/ or --out), each run against
-the retain model it was made with. Scores go to scores.json, and what they were computed from to
-examples.jsonl: in the run directory, or in --out.
+the retain model it was made with. --select=KEY orders the table by a score, best first, and says
+which run is chosen. Scores go to scores.json, and what they were computed from to examples.jsonl:
+in the run directory, or in --out.
 """
 import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
+import types
+import unicodedata
 import zlib
 from collections.abc import Callable
 
@@ -67,27 +72,81 @@ def forget_quality(truth_ratio, retain_truth_ratio) -> float:
     return float(scipy.stats.ks_2samp(array(truth_ratio), array(retain_truth_ratio)).pvalue)
 
 
+def harmonic_mean(values) -> float:
+    """n / sum(1 / v), 0 if any is 0."""
+    return float(scipy.stats.hmean(array(values)))
+
+
 def model_utility(scores: dict) -> float:
-    """Harmonic mean of TOFU's nine scores NINE, 0 if any is 0; in [0, 1], higher is better."""
-    return float(scipy.stats.hmean(array(list(scores.values()))))
+    """Harmonic mean of TOFU's nine scores NINE; in [0, 1], higher is better."""
+    return harmonic_mean(list(scores.values()))
+
+
+def is_latin(letter):
+    return unicodedata.name(letter, "").startswith("LATIN")
+
+
+SPACELESS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
+
+
+def unicode_words(text):
+    """Words of letters, marks and digits; of scripts without spaces every character is one."""
+    spaced = ""
+    for character in text.lower():
+        if unicodedata.category(character)[0] not in "LMN":
+            character = " "
+        elif unicodedata.name(character, "").startswith(SPACELESS):
+            character = f" {character} "
+        spaced += character
+    return spaced.split()
 
 
 @functools.cache
-def make_rouge_scorer(stem):
-    return rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=stem)
+def make_rouge_scorer(stem, latin):
+    tokenizer = None if latin else types.SimpleNamespace(tokenize=unicode_words)
+    return rouge_scorer.RougeScorer(["rouge1", "rougeL"], stem, tokenizer=tokenizer)
 
 
 def rouge(prediction: str, reference: str, stem: bool) -> dict:
     """ROUGE-1 recall, ROUGE-L recall and ROUGE-L F1, each in [0, 1]; 1 = repeats the reference.
 
-    TOFU reports L recall, stemmed; MUSE L F1, not stemmed.
+    TOFU reports L recall, stemmed; MUSE L F1, not stemmed. rouge_score knows the letters a to z
+    only; a reference that is mostly of others is compared by `unicode_words`, not stemmed.
     """
-    scores = make_rouge_scorer(stem).score(reference, prediction)
+    letters = [is_latin(character) for character in reference if character.isalpha()]
+    scorer = make_rouge_scorer(stem, 2 * sum(letters) >= len(letters))
+    scores = scorer.score(reference, prediction)
     return {
         "rouge1_recall": scores["rouge1"].recall,
         "rougeL_recall": scores["rougeL"].recall,
         "rougeL_f1": scores["rougeL"].fmeasure,
     }
+
+
+def is_degenerate(answer: str) -> bool:
+    """Is it empty, or does it repeat itself: are fewer than a third of its 4-grams distinct?
+
+    4-grams of words, of characters where there are no spaces. Fewer than four do not repeat.
+    """
+    parts = answer.split()
+    if len(parts) == 1:
+        parts = answer.strip()
+    grams = [tuple(parts[i:i + 4]) for i in range(len(parts) - 3)]
+    return not parts or 3 * len(set(grams)) < len(grams)
+
+
+def expected_maximum(scores, k: int) -> float:
+    """Unbiased mean of the maximum over k of n scores: sum_i s_(i) C(i-1, k-1) / C(n, k).
+
+    s_(i) ascending. k = 1: their mean; k = n: their maximum. leak@k of arXiv 2511.04934, where a
+    judge gives the scores.
+    """
+    ascending = np.sort(array(scores))
+    n = len(ascending)
+    if not 1 <= k <= n:
+        raise ValueError(f"the maximum over {k} of {n} scores")
+    weights = [math.comb(i, k - 1) / math.comb(n, k) for i in range(n)]
+    return float(ascending @ weights)
 
 
 def min_k(token_logps, k: float = 0.4, plus_plus_stats: tuple | None = None) -> float:
@@ -111,8 +170,7 @@ def auc(forget_scores, holdout_scores) -> float:
     Scores: higher = more like a member of the training set.
     """
     forget, holdout = array(forget_scores), array(holdout_scores)
-    ranks = scipy.stats.rankdata(np.concatenate([forget, holdout]))[:len(forget)]
-    n_wins = ranks.sum() - len(forget) * (len(forget) + 1) / 2
+    n_wins = scipy.stats.mannwhitneyu(forget, holdout, method="asymptotic").statistic
     return float(n_wins / (len(forget) * len(holdout)))
 
 
@@ -141,6 +199,42 @@ def extraction_strength(correct) -> float:
     wrong = np.flatnonzero(array(correct) == 0)
     start = wrong[-1] + 1 if len(wrong) else 0
     return float(1 - start / len(correct))
+
+
+def memorization(revealed) -> float:
+    """Harmonic mean of 1 - v; in [0, 1], 1 = nothing is revealed. arXiv 2506.12618, appendix F.1.
+
+    revealed: extraction strength, exact memorization, the paraphrased answer's probability, and the
+    mean of p / (p + p(wrong)) = 1 / (1 + R), R the truth ratio.
+    """
+    return harmonic_mean(1 - array(revealed))
+
+
+def privacy(aucs, retain_aucs, target_aucs) -> float:
+    """Harmonic mean over attacks of 1 - |auc - retain| / |target - retain|, cut to [0, 1].
+
+    1 = the retain model's AUCs; 0 = one is as far from them as the target's. arXiv 2506.12618,
+    appendix F.1, where the attacks are PRIVACY.
+    """
+    aucs, retain, target = map(array, (aucs, retain_aucs, target_aucs))
+    distances = abs(aucs - retain) / np.maximum(abs(target - retain), 1e-9)
+    return harmonic_mean(np.clip(1 - distances, 0, 1))
+
+
+PRIVACY = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_pp")
+
+
+def composite(scores: dict, retain: dict, target: dict) -> dict:
+    """privacy, utility_ratio, and composite: the harmonic mean of both and memorization.
+
+    Of the scores of a model, its retain model and its target, audited; higher is better. All are in
+    [0, 1] but utility_ratio, utility / the target's, which may exceed 1: in the paper utility has
+    a part for fluency too, from a classifier.
+    """
+    aucs = [[some[key] for key in PRIVACY] for some in (scores, retain, target)]
+    utility_ratio = scores["model_utility"] / target["model_utility"]
+    found = {"privacy": privacy(*aucs), "utility_ratio": utility_ratio}
+    return found | {"composite": harmonic_mean([scores["memorization"], *found.values()])}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -200,9 +294,9 @@ NINE = [f"{name}_{score}" for name in ("retain", *OPTIONS)
 
 def record_qa(lm, tokenizer, bench, c, proc):
     """A record per row of every set: NLL of its answers, the greedy answer and its ROUGE."""
-    template = make_template(tokenizer, c)
-    records, known = score_answers(lm, template, bench, c, proc)
-    generate_answers(lm, template, records, known, c, proc)
+    records, known = score_answers(lm, make_template(tokenizer, c), bench, c, proc)
+    asked = [record for record in records if key_of(record) in known]
+    answer(lm, tokenizer, asked, c, proc, [known[key_of(record)] for record in asked])
     return records
 
 
@@ -251,16 +345,26 @@ def choices(logits, labels):
     return torch.stack([losses.token_logps(logits, labels), logits.argmax(-1) == labels], -1)
 
 
-def generate_answers(lm, template, records, known, c, proc):
-    """Add the greedy answer to each question, and its ROUGE. known: see score_answers."""
-    asked = [record for record in records if key_of(record) in known]
-    prompts = [template.prompt_ids(record["question"]) for record in asked]
-    begun = [known[key_of(record)] for record in asked]
-    texts = models.generate(lm, template.tokenizer, prompts, c.max_new_tokens, proc,
-                            4 * c.micro_batch_tokens, "answering", begun, template.ends[1])
-    for record, text in zip(asked, texts):
-        record["generated"] = text.strip()
-        record |= rouge(text, record["answer"], stem=True)
+def answer(lm, tokenizer, records, c, proc, begun=None, choose=None):
+    """Add the model's answers, and their ROUGE, to records with a question; MUSE's have a prompt.
+
+    MUSE's records are all of one set. begun, choose: see models.generate.
+    """
+    is_muse, template = c.benchmark == "muse", make_template(tokenizer, c)
+    if is_muse:
+        prompts = [data.tokenize(tokenizer, record["prompt"]) for record in records]
+    else:
+        prompts = [template.prompt_ids(record["question"]) for record in records]
+    asks_facts = is_muse and "question" in records[0]
+    length = KNOWMEM_TOKENS if asks_facts else c.max_new_tokens
+    texts = models.generate(lm, tokenizer, prompts, length, proc, 4 * c.micro_batch_tokens,
+                            "answering", begun, template.ends[1], choose)
+    for record, text in zip(records, texts):
+        if asks_facts:
+            text = KNOWMEM_STOP.split(text)[0]
+            del record["prompt"]  # mostly the ten answered questions, the same in every record
+        record["generated"] = text if is_muse else text.strip()
+        record |= rouge(text, record["answer"], c.stem or not is_muse)
 
 
 def tofu_scores(records, retain_records=None, c=None):
@@ -278,15 +382,25 @@ def tofu_scores(records, retain_records=None, c=None):
         check_same_questions(rows, retained)
         quality = forget_quality(truth_ratios(rows), truth_ratios(retained))
         scores = {"forget_quality": quality} | scores
-    return scores | audit_scores(records, retain_records)
+    scores |= audit_scores(records, retain_records)
+    if {"forget_paraphrased_prob", "forget_truth_ratio", *data.MEMORIZATION} <= scores.keys():
+        revealed = [scores[key] for key in ("forget_paraphrased_prob", *data.MEMORIZATION)]
+        scores["memorization"] = memorization([*revealed, np.mean(1 / (1 + truth_ratios(rows)))])
+    return scores
 
 
 def set_scores(name, rows):
-    """<set>_prob, <set>_rouge and <set>_truth_ratio, those that the records allow."""
+    """<set>_prob, <set>_rouge and <set>_truth_ratio, those that the records allow.
+
+    And forget_paraphrased_prob: a paraphrase of the answer, asked for with the same question.
+    """
     nlls = column(rows, "nll")
     if name in OPTIONS:
         nlls = [option_nll(row) for row in rows]
     scores = {f"{name}_prob": np.exp(-np.array(nlls)).mean()}
+    if name == "forget" and all("paraphrased_nll" in row for row in rows):
+        nlls = column(rows, "paraphrased_nll")
+        scores["forget_paraphrased_prob"] = np.exp(-np.array(nlls)).mean()
     if all("rougeL_recall" in row for row in rows):
         scores[f"{name}_rouge"] = np.mean(column(rows, "rougeL_recall"))
     if all("perturbed_nll" in row for row in rows):
@@ -306,11 +420,8 @@ def option_nll(row):
 
 def truth_ratios(rows):
     """(N,) R of each record; records may have different numbers of wrong answers."""
-    ratios = []
-    for row in rows:
-        correct = row.get("paraphrased_nll", row["nll"])
-        ratios += [*truth_ratio([correct], [row["perturbed_nll"]])]
-    return np.array(ratios)
+    return np.array([truth_ratio(row.get("paraphrased_nll", row["nll"]), row["perturbed_nll"])
+                     for row in rows])
 
 
 def check_same_questions(rows, retain_rows):
@@ -338,11 +449,22 @@ MUSE_AUC = {"news": 1 - 0.4772, "books": 1 - 0.5393}
 
 def record_muse(lm, tokenizer, bench, c, proc):
     """A record per prompt with its greedy continuation, and one per text with its Min-40 %."""
-    texts = record_texts(lm, tokenizer, bench, c, proc)
-    records = []
+    texts, records = record_texts(lm, tokenizer, bench, c, proc), []
     for name in ("verbmem_f", "knowmem_f", "knowmem_r"):
-        records += record_continuations(lm, tokenizer, name, bench.evals[name], c, proc)
+        asked = questions(tokenizer, name, bench.evals[name], c)
+        answer(lm, tokenizer, asked, c, proc)
+        records += asked
     return records + texts
+
+
+def questions(tokenizer, name, rows, c):
+    """Records of the rows of a set that is asked, without the model's answers."""
+    records = [{"set": name, "index": i, **row} for i, row in enumerate(rows[:c.eval_rows])]
+    for record in records if name == "verbmem_f" else ():
+        # the BOS counts, as in the original: one token less of the passage is asked for
+        ids = data.tokenize(tokenizer, record["answer"])[:c.max_new_tokens]
+        record["answer"] = tokenizer.decode(ids, skip_special_tokens=True)
+    return records
 
 
 def record_texts(lm, tokenizer, bench, c, proc):
@@ -357,29 +479,6 @@ def record_texts(lm, tokenizer, bench, c, proc):
                 "tokens to score, too few for Min-40 %, which needs 3.")
         record |= {"nll": -logps.mean(), "min_k": min_k(logps[:record["n_tokens"], 0])}
     return [record for record, *_ in scored]
-
-
-def record_continuations(lm, tokenizer, name, rows, c, proc):
-    """Greedy continuations of VerbMem's passages, or answers to KnowMem's questions."""
-    is_verbatim = name == "verbmem_f"
-    rows = rows[:c.eval_rows]
-    max_new_tokens = c.max_new_tokens if is_verbatim else KNOWMEM_TOKENS
-    prompts = [data.tokenize(tokenizer, row["prompt"]) for row in rows]
-    texts = models.generate(lm, tokenizer, prompts, max_new_tokens, proc,
-                            4 * c.micro_batch_tokens, "answering")
-    records = []
-    for i, (row, text) in enumerate(zip(rows, texts)):
-        record = {"set": name, "index": i, **row}
-        if is_verbatim:
-            # the BOS counts, as in the original: one token less of the passage is asked for
-            ids = data.tokenize(tokenizer, row["answer"])[:max_new_tokens]
-            record["answer"] = tokenizer.decode(ids, skip_special_tokens=True)
-        else:
-            text = KNOWMEM_STOP.split(text)[0]
-            del record["prompt"]  # mostly the ten answered questions, the same in every record
-        record["generated"] = text
-        records.append(record | rouge(text, record["answer"], c.stem))
-    return records
 
 
 def muse_scores(records, retain_records=None, c=None):
@@ -460,11 +559,10 @@ def record_audits(lm, tokenizer, bench, c, proc):
         return [template.encode(row, c.max_length)]
 
     scored = score_rows(lm, sets, encode, c, proc, audit_measures)
-    mine, norms = {}, {}
+    mine = {}
     for i in proc.progress(range(proc.rank, len(scored), proc.world), "gradients"):
         mine[i] = gradient_norm(lm, scored[i][2], proc)
-    for some in proc.gather(mine):
-        norms |= some
+    norms = proc.merge(mine)
     for i, (record, row, _, [values]) in enumerate(scored):
         logps, correct, mean, variance = values.T
         text = row.get("answer", row.get("text"))
@@ -568,17 +666,22 @@ OWN = dataclasses.replace(
     settings={"max_length": 500, "max_new_tokens": 200},
     needs_retain=False)
 BENCHMARKS = {"demo": TOFU, "tofu": TOFU, "muse": MUSE, "markov": MARKOV, "own": OWN}
-ARROWS = {  # where better is
-    **dict.fromkeys(("forget_quality", "model_utility", "forget_truth_ratio", *NINE, "knowmem_r",
-                     "forget1_kl", "forget2_kl"), "↑"),
-    **dict.fromkeys(("forget_prob", "forget_rouge", "verbmem_f", "knowmem_f", "retain_kl",
-                     *data.MEMORIZATION), "↓"),
-    **{f"mia_{key}": "→0.5" for key in (*data.MEMBERSHIP, "reference")},
-    "privleak": "→0",
-}
+ARROWS = {}  # where better is
+for arrow, keys in {
+    "↑": ("forget_quality", "model_utility", "forget_truth_ratio", *NINE, "knowmem_r",
+          "forget1_kl", "forget2_kl", "memorization", "privacy", "utility_ratio", "composite"),
+    "↓": ("forget_prob", "forget_rouge", "forget_paraphrased_prob", "degenerate", "verbmem_f",
+          "knowmem_f", "retain_kl", *data.MEMORIZATION),
+    "→0.5": [f"mia_{key}" for key in (*data.MEMBERSHIP, "reference")],
+    "→0": ("privleak",),
+}.items():
+    ARROWS |= dict.fromkeys(keys, arrow)
 
 
-def evaluate(lm, tokenizer, bench, c, proc, retain_records=None) -> tuple:
+FORGET_SETS = ("forget", "verbmem_f", "knowmem_f")
+
+
+def evaluate(lm, tokenizer, bench, c, proc, retain_records=None, target_records=None) -> tuple:
     """(scores, records) of a model as it is: the one function behind every number here."""
     with proc.clock.phase("scoring"):
         was_training = lm.training
@@ -587,11 +690,14 @@ def evaluate(lm, tokenizer, bench, c, proc, retain_records=None) -> tuple:
         if c.audits:
             records += record_audits(lm, tokenizer, bench, c, proc)
         lm.train(was_training)
-        return summarize(records, retain_records, c), records
+        return summarize(records, retain_records, c, target_records), records
 
 
-def summarize(records: list, retain_records: list | None, c) -> dict:
-    """{score: value} of records, against the retain model's where they are given."""
+def summarize(records: list, retain_records: list | None, c, target_records=None) -> dict:
+    """{score: value} of records, against the retain model's and the target's where given.
+
+    degenerate: the share of answers about the forget set that are empty or repeat themselves.
+    """
     for record in records + (retain_records or []):
         name = record["set"]
         if (name in data.MUSE_SETS) != (c.benchmark == "muse") and not name.startswith("audit_"):
@@ -602,6 +708,13 @@ def summarize(records: list, retain_records: list | None, c) -> dict:
     except KeyError as e:  # of a recorded log
         raise UsageError(f"not scored as --benchmark={c.benchmark}: a scored example has no {e}; "
                          "was it recorded so?") from None
+    answers = [record["generated"] for record in records
+               if record["set"] in FORGET_SETS and "generated" in record]
+    if answers:
+        scores["degenerate"] = np.mean([is_degenerate(answer) for answer in answers])
+    if target_records and {"memorization", "mia_reference", "model_utility"} <= scores.keys():
+        others = [summarize(some, None, c) for some in (retain_records, target_records)]
+        scores |= composite(scores, *others)
     wrong = [f"{key} {value}" for key, value in scores.items() if not np.isfinite(value)]
     if wrong:
         raise Failure(f"scores are not finite ({', '.join(wrong)}): the model has broken down; "
@@ -682,8 +795,9 @@ class Config(
 
 @dataclasses.dataclass(frozen=True)
 class Command(Config):
-    """a question"""
+    """what is done with the models"""
     ask: str | None = None  # print every model's greedy answer to it, and score nothing
+    select: str | None = None  # order the table by this score, best first, and choose a run
 
 
 # all but what belongs to one run or one machine
@@ -870,40 +984,67 @@ def ask(question, names, c, proc):
         proc.say(f"{name}: {answers[0].strip()}")
 
 
-def check_retain_model(names, c, given):
-    """Forget quality needs a retain model, and says nothing of one compared with itself."""
+def check_not_itself(names, given):
     for key in ("retain_model", "retain_log"):
         other = given.get(key)
         if other and len(names) == 1 and same(names[0], other):
             raise UsageError(f"--{key}={other}: this is {names[0]} itself; name a model that never "
-                             "saw the forget set.")
-    needs_retain = BENCHMARKS[c.benchmark].needs_retain and not c.forget_data
-    if needs_retain and not (c.retain_model or c.retain_log):
-        raise UsageError("forget quality needs a model that never saw the forget set: give "
-                         "--retain_model=MODEL or --retain_log=LOG (evaluate.py of a retain model "
-                         "writes one, examples.jsonl).")
+                             "saw the forget set, or none.")
 
 
-def compare(runs, logs, proc, path):
+def select(key, table, targets):
+    """(labels by a score, best first; sentences: which run is chosen, which better ones are not).
+
+    Best is where the score's arrow points. A run is never chosen if the share of its answers that
+    are degenerate is more than 5 points above its target's.
+    """
+    goal, sentences = ARROWS[key], []
+
+    def badness(label):
+        value = table[label].get(key, math.inf)
+        if goal in "↑↓":
+            return -value if goal == "↑" else value
+        return abs(value - float(goal[1:]))
+
+    ordered = sorted((label for label in table if key in table[label]), key=badness)
+    for label in ordered:
+        share, before = [some.get("degenerate", 0) for some in (table[label], targets[label])]
+        is_chosen = share <= before + 0.05
+        sentences.append(f"{'chosen' if is_chosen else 'not chosen'} by {key} {goal}: {label}; "
+                         f"{share:.0%} of its answers are empty or repeat, "
+                         f"{before:.0%} of its target's")
+        if is_chosen:
+            break
+    return [*ordered, *(label for label in table if label not in ordered)], sentences
+
+
+def compare(runs, logs, proc, path, key=None):
     """Score runs {label: (name, settings)}, each against its own retain model.
 
-    Print their table; it goes to <path>.md and .csv too, with its picture <path>.png.
+    Print their table, ordered by the score `key`; it goes to <path>.md and .csv too, with its
+    picture <path>.png.
     """
     _, c = next(iter(runs.values()))
+    reads_target = c.model and (c.audits or key)
     bench = None
-    if len(logs) < len(runs) or (c.retain_model and not c.retain_log):
+    if len(logs) < len(runs) or (c.retain_model and not c.retain_log) or reads_target:
         bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, train=False,
                           holdout=c.audits)
-    table, samples, retain_models = {}, {}, {}
+    if BENCHMARKS[c.benchmark].needs_retain and not (c.retain_model or c.retain_log):
+        proc.say("No retain model, so no forget quality: it needs --retain_model=MODEL, one that "
+                 "never saw the forget set, or --retain_log=LOG, the examples.jsonl of one.")
+    table, samples, retain_models, targets = {}, {}, {}, {}
     for label, (name, c) in runs.items():
         retain = retain_reference(c, proc, bench)
+        target = reference(c, proc, c.model, bench) if reads_target else None
         if name in logs:
             records = logs[name]
         elif retain and not c.retain_log and same(name, c.retain_model):
             records = retain
         else:
             _, records = evaluate(*load(name, c, proc), bench, c, proc)
-        table[label], samples[label] = summarize(records, retain, c), records
+        table[label], samples[label] = summarize(records, retain, c, target), records
+        targets[label] = summarize(target, None, c) if target else {}
         if proc.rank == 0:
             save_scores(c.out, table[label], records)
         if retain:
@@ -912,8 +1053,12 @@ def compare(runs, logs, proc, path):
     if proc.rank == 0:
         several = len(retain_models) != 1  # each has its own best values
         retain = {} if several else next(iter(retain_models.values()))
+        sentences = []
+        if key:
+            ordered, sentences = select(key, table, targets)
+            table = {label: table[label] for label in ordered}
         shown = configs.show_tables({"scores": table}, arrows(retain), path)
-        proc.say(f"{configs.samples(samples)}\n\n{shown}")
+        proc.say("\n".join([configs.samples(samples), "", shown, "", *sentences]).rstrip())
         if path:
             trajectory(f"{path}.png", {}, table | retain_models, c)
             proc.say(f"\n{path}.png, {path}.md, {path}.csv")
@@ -921,14 +1066,15 @@ def compare(runs, logs, proc, path):
 
 def main(argv):
     given, names = configs.parse(Command, argv, __doc__)
-    question = given.pop("ask", None)
+    question, key = given.pop("ask", None), given.pop("select", None)
+    if key not in (None, *ARROWS):
+        raise UsageError(f"--select={key}: any of {', '.join(ARROWS)}.")
     if not names:
         raise UsageError("name at least one run directory, model or log: python evaluate.py "
                          "out/demo (--help has the details).")
     logs = {name: data.read_log(name) for name in names if name.endswith((".json", ".jsonl"))}
     c = configs.make(Config, inherit(INHERITED, names, given))
-    if not question:
-        check_retain_model(names, c, given)
+    check_not_itself(names, given)
     for name in names:
         if name not in logs:
             configs.check_name(name, "model")
@@ -936,6 +1082,8 @@ def main(argv):
     for _, own in runs.values():
         if own.retain_model and not own.retain_log:
             configs.check_name(own.retain_model, "retain_model")
+        if own.model and (own.audits or key):
+            configs.check_name(own.model, "model")
     proc = setup(c)
     if question:
         ask(question, names, c, proc)
@@ -943,7 +1091,7 @@ def main(argv):
         for _, own in runs.values():
             rundir.writable(own.out)
         path = os.path.join(given.get("out", "out"), "comparison") if len(names) > 1 else None
-        compare(runs, logs, proc, path)
+        compare(runs, logs, proc, path, key)
     models.cleanup()
 
 

@@ -706,11 +706,13 @@ def stop_ids(lm, tokenizer) -> list[int]:
 @torch.no_grad()
 def generate(lm, tokenizer, prompts: list, max_new_tokens: int, proc: Process, max_tokens: int,
              title: str | None = None, known: list | None = None,
-             end_id: int | None = None) -> list[str]:
+             end_id: int | None = None, choose: Callable | None = None) -> list[str]:
     """Greedy answers, as text, to prompts (lists of ids): batched, equal to one at a time.
 
     known: the ids that each answer is known to begin with; only the rest is computed. Whole batches
     are shared out to the ranks. end_id: ends an answer too, a chat template's end of turn.
+    choose(logits (S, V), indices of their prompts) -> (S,): the next tokens, where they are not to
+    be the likeliest.
     """
     stop = {*stop_ids(lm, tokenizer), end_id}
     answers = [end_at(ids[:max_new_tokens], stop) for ids in known or [[]] * len(prompts)]
@@ -727,7 +729,7 @@ def generate(lm, tokenizer, prompts: list, max_new_tokens: int, proc: Process, m
             begun = [prompts[i] + answers[i] for i in indices]
             limits = [max_new_tokens - len(answers[i]) for i in indices]
             with proc.autocast():
-                new = continue_prompts(lm, begun, limits, stop, proc, n_shared)
+                new = continue_prompts(lm, begun, limits, stop, proc, n_shared, choose, indices)
             mine.update(zip(indices, new))
         for i, ids in proc.merge(mine).items():
             answers[i] = answers[i] + ids
@@ -752,11 +754,11 @@ def shared_length(prompts, limit):
     return n_shared if n_shared >= 16 and longest <= limit else 0
 
 
-def continue_prompts(lm, prompts, limits, stop, proc, n_shared=0):
+def continue_prompts(lm, prompts, limits, stop, proc, n_shared=0, choose=None, indices=()):
     """Greedy ids for each prompt: at most its limit, up to and including the first id in `stop`.
 
     The first n_shared ids, the same in all prompts, are computed once. Padding stands behind them
-    and is masked. Finished prompts leave the batch.
+    and is masked. Finished prompts leave the batch. choose, indices: see generate.
     """
     width, device = max(map(len, prompts)), proc.device
     ids, mask = [], []
@@ -778,7 +780,10 @@ def continue_prompts(lm, prompts, limits, stop, proc, n_shared=0):
     active = list(range(len(prompts)))  # the prompt of each sequence in the batch
     while True:
         out = lm(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
-        ids = out.logits[:, -1].argmax(-1)  # (S,)
+        logits = out.logits[:, -1]  # (S, V)
+        ids = logits.argmax(-1)  # (S,)
+        if choose and active:
+            ids = choose(logits, [indices[i] for i in active])
         for i, token in zip(active, ids.tolist()):
             answers[i].append(token)
         stay = []

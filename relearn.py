@@ -1,7 +1,8 @@
 """Attack unlearned models: does what was forgotten come back?
 
     python relearn.py out/demo                      # relearn 20 % of the forget set, score the rest
-    python relearn.py out/demo --attacks=relearn_random,relearn_shortest,int4,paraphrase
+    python relearn.py out/demo --attacks=relearn_random,relearn_shortest,int4,worst_case
+    python relearn.py out/demo --attacks=sample     # leak@k: what the best of k answers gives away
     python relearn.py out/simnpo_s0 out/npo_s0 out/npo_s1 --attacks=int4,audits   # one table
     # Unlearn-Smooth's protocol on MUSE Books: runs of 50, 75 and 100 steps (News: 100, 125, 150)
     python relearn.py out/books --steps=50 --eval_at=50 --schedule=cosine --fraction=1 --lr=1e-5
@@ -10,14 +11,16 @@
 The retain model, which never saw the forget set, is attacked in the same way, once: what it learns
 is not memory that comes back. Several runs are attacked with the settings of the first one (lr,
 template, ...), each against its own target and retain model. A run's rows go to its relearn.json,
-its table to relearn.md and .csv, its curves to relearn.png (or below --out); the table over several
-runs to out/relearn.md and .csv (or in --out).
+its tables to relearn.md and .csv, its curves to relearn.png (or below --out); the tables over
+several runs to out/relearn.md and .csv (or in --out).
 """
 import dataclasses
 import functools
 import json
 import os
 import random
+import statistics
+from collections.abc import Callable
 
 import configs
 
@@ -53,16 +56,17 @@ class Attacked:
     def score(self, lm, tokenizer, seen=()):
         """The scores of all questions, of those not in `seen`, and how much is recovered."""
         scores, records = evaluate.evaluate(
-            lm, tokenizer, self.bench, self.c, self.proc, self.retain)
+            lm, tokenizer, self.bench, self.c, self.proc, self.retain, self.target)
         rest = forget_records(records, seen)
         if seen and rest and rest[0]["set"] == "forget":
             retain = forget_records(self.retain, seen) or None
             for key, value in evaluate.summarize(rest, retain, self.c).items():
                 scores[f"unseen_{key}"] = value
+        return scores | self.recovered(records, seen)
+
+    def recovered(self, records, seen=()):
         compared = [forget_records(some, seen) for some in (records, self.before, self.target)]
-        if all(compared):
-            scores["recovered"] = recovered(*map(known, compared))
-        return scores
+        return {"recovered": recovered(*map(known, compared))} if all(compared) else {}
 
     def score_once(self, lm, tokenizer):
         return [{"step": 0, "epoch": 0.0, **self.score(lm, tokenizer)}]
@@ -186,18 +190,114 @@ def audit(a, lm, tokenizer):
     return dataclasses.replace(a, c=c, retain=retain, before=None).score_once(lm, tokenizer)
 
 
+def worst_case(a, lm, tokenizer):
+    """The most that one of three prompts gets out of the model, question by question.
+
+    The question, its paraphrase, and the question without a template: forget_prob and forget_rouge
+    are means over questions of the highest probability and the highest ROUGE.
+    """
+    rows = a.bench.evals["forget"]
+    paraphrased = [row | {"question": row["paraphrased_question"]} for row in rows]
+    asked = {}  # {index: [record of each prompt]}
+    for template, some in ((a.c.template, rows), (a.c.template, paraphrased), ("none", rows)):
+        c = dataclasses.replace(a.c, template=template)
+        bench = data.Benchmark([], [], {"forget": some})
+        for record in evaluate.record_qa(lm, tokenizer, bench, c, a.proc):
+            asked.setdefault(record["index"], []).append(record)
+    worst = []
+    for records in asked.values():
+        best = {"nll": min(evaluate.column(records, "nll")),
+                "rougeL_recall": max(evaluate.column(records, "rougeL_recall"))}
+        worst.append({"set": "forget", "answer": records[0]["answer"], **best})
+    return [{"step": 0, "epoch": 0.0, **evaluate.set_scores("forget", worst), **a.recovered(worst)}]
+
+
+def sampler(names, temperature):
+    """choose(logits (S, V), indices of the sequences) -> ids (S,): softmax(logits / temperature).
+
+    A sequence has a generator of its own, seeded by its name, and takes one uniform number a token:
+    the first id whose cumulative probability is above it. So a text depends neither on the others
+    in its batch nor on the number of processes.
+    """
+    generators = [random.Random(name) for name in names]
+
+    def choose(logits, indices):
+        cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (S, V)
+        drawn = [[generators[i].random()] for i in indices]
+        drawn = torch.tensor(drawn, dtype=torch.float64, device=logits.device)  # (S, 1)
+        return torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)[:, 0]
+
+    return choose
+
+
+def sample(a, lm, tokenizer):
+    """Answer each forget question --samples times: leak_at_k, of what the best of k answers says.
+
+    The mean over questions of `evaluate.expected_maximum` of the answers' ROUGE; higher = leaks
+    more. arXiv 2511.04934. The whole distribution is sampled, at --temperature. Departures: the
+    paper has a judge and we compare with the true answer, by the benchmark's own ROUGE (TOFU's
+    recall, in [0, 1]; MUSE's F1, in percent, over KnowMem's questions and VerbMem's passages
+    alike); and the retain model is sampled too: what it says is chance.
+    """
+    n, values = a.c.samples, []
+    for name in evaluate.FORGET_SETS:
+        asked = evaluate.questions(tokenizer, name, a.bench.evals.get(name, []), a.c)
+        texts = [dict(record) for record in asked for _ in range(n)]
+        names = [f"{a.seed} {name} {i // n} {i % n}" for i in range(len(texts))]
+        if texts:
+            a.proc.say(f"{a.label}, {name}: {len(asked)} questions x {n} = {len(texts)} answers of "
+                       f"at most {a.c.max_new_tokens} tokens")
+            evaluate.answer(lm, tokenizer, texts, a.c, a.proc,
+                            choose=sampler(names, a.c.temperature))
+            if name == "forget":
+                values += evaluate.column(texts, "rougeL_recall")
+            else:
+                values += [100 * value for value in evaluate.column(texts, "rougeL_f1")]
+    values = np.reshape(values, (-1, n))
+    rows, leaks = [], {}
+    for k in SAMPLES:
+        if k <= n:
+            best = [evaluate.expected_maximum(some, k) for some in values]
+            leaks[f"leak_at_{k}"] = np.mean(best)
+            rows.append({"step": 0, "epoch": 0.0, "k": k, "leak": np.mean(best), **leaks})
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """run(a, lm, tokenizer) -> rows of {step, epoch, scores}.
+
+    random: repeated over --seeds. needs: a column of the forget rows. shows: scores that have a
+    table of their own. x: what its rows are drawn over, where there are several.
+    """
+    run: Callable
+    random: bool = False
+    needs: str | None = None
+    shows: tuple = ()
+    x: str = "epoch"
+
+
+SAMPLES = [4 ** i for i in range(8)]
+LEAKS = tuple(f"leak_at_{k}" for k in SAMPLES)
+AUDITS = (*data.MEMORIZATION, "memorization", *(f"mia_{key}" for key in data.MEMBERSHIP),
+          "mia_reference", "privleak", "privacy", "utility_ratio", "composite")
 ATTACKS = {}
 for how in ("random", "shortest", "longest"):
-    ATTACKS[f"relearn_{how}"] = functools.partial(relearn, how=how)
+    ATTACKS[f"relearn_{how}"] = Kind(functools.partial(relearn, how=how), random=True)
 for grid in GRIDS:
-    ATTACKS[grid] = functools.partial(quantize, grid=grid)
-ATTACKS |= {"paraphrase": paraphrase, "audits": audit}
+    ATTACKS[grid] = Kind(functools.partial(quantize, grid=grid))
+ATTACKS |= {
+    "paraphrase": Kind(paraphrase, needs="paraphrased_question"),
+    "worst_case": Kind(worst_case, needs="paraphrased_question"),
+    "sample": Kind(sample, random=True, needs="question", shows=LEAKS, x="k"),
+    "audits": Kind(audit, shows=AUDITS),
+}
 
 
 def attack(a, name, seed):
     """Rows of one attack on one model."""
     lm, tokenizer = evaluate.load(a.name, a.c, a.proc)
-    rows = ATTACKS[name](dataclasses.replace(a, seed=seed), lm, tokenizer)
+    rows = ATTACKS[name].run(dataclasses.replace(a, seed=seed), lm, tokenizer)
     return [{"attack": name, "model": a.label, "seed": seed, **row} for row in rows]
 
 
@@ -208,7 +308,7 @@ def attack_all(a, controls):
     """
     jobs = []
     for name in a.c.attacks:
-        seeds = a.c.seeds if name.startswith("relearn") else a.c.seeds[:1]
+        seeds = a.c.seeds if ATTACKS[name].random else a.c.seeds[:1]
         jobs += [(name, seed) for seed in seeds]
     rows = []
     for job in a.proc.progress(jobs, f"attacks on {a.label}"):
@@ -229,111 +329,92 @@ def attack_all(a, controls):
 # the report
 
 CONTROL = "retain model"
-SHOWN = ("unseen_forget_prob", "unseen_forget_rouge", "forget_prob", "forget_rouge",
-         "forget_quality", "model_utility", "verbmem_f", "knowmem_f", "knowmem_r", "recovered",
-         "mia_min_k", "extraction_strength", "privleak")
-AUDITS = (*data.MEMORIZATION, *(f"mia_{key}" for key in data.MEMBERSHIP),
-          "mia_reference", "privleak")
-ARROWS = evaluate.ARROWS | {
-    **dict.fromkeys(("unseen_forget_prob", "unseen_forget_rouge", "recovered"), "↓"),
-    **dict.fromkeys(("before unlearning", "unlearned", *ATTACKS), ""),
-}
+SHOWN = ("forget_prob", "forget_rouge", "forget_quality", "model_utility", "verbmem_f", "knowmem_f",
+         "knowmem_r", "degenerate", "recovered", "leak")
+ARROWS = evaluate.ARROWS | dict.fromkeys((*LEAKS, "leak", "recovered"), "↓")
 
 
-def group(pairs):
-    """{key: [values]} of (key, value)."""
+def grouped(rows):
+    """{(model, attack): [the rows of each seed]}."""
     groups = {}
-    for key, value in pairs:
-        groups.setdefault(key, []).append(value)
-    return groups
-
-
-def curves_of(rows):
-    return group(((row["model"], row["attack"], row["seed"]), row) for row in rows)
+    for row in rows:
+        seeds = groups.setdefault((row["model"], row["attack"]), {})
+        seeds.setdefault(row["seed"], []).append(row)
+    return {key: list(seeds.values()) for key, seeds in groups.items()}
 
 
 def lines_of(a, rows):
-    """{(model, stage, title): [scores of each seed]}: what the tables are made of.
+    """{(model, stage): [scores of each seed]}: what the tables are made of.
 
-    stage: before unlearning, unlearned, or an attack; "" at the start of one.
+    stage: before unlearning, unlearned, an attack, or the start of one.
     """
-    lines = []
-    for model, stage, title, records in (
-            (a.label, "before unlearning", "before unlearning", a.target),
-            (a.label, "unlearned", f"{a.label}, unlearned", a.before),
-            (CONTROL, "unlearned", CONTROL, a.retain)):
+    lines = {}
+    for model, stage, records in ((a.label, "before unlearning", a.target),
+                                  (a.label, "unlearned", a.before),
+                                  (CONTROL, "unlearned", a.retain)):
         if records:
-            scores = evaluate.summarize(records, a.retain, a.c)
-            lines.append(((model, stage, title), scores))
-    for (model, name, _), curve in curves_of(rows).items():
-        if name.startswith("relearn"):
-            lines.append(((model, "", f"{model}, at the start of {name}"), curve[0]))
-        lines.append(((model, name, f"{model}, after {name}"), curve[-1]))
-    return group(lines)
+            lines[model, stage] = [evaluate.summarize(records, a.retain, a.c)]
+    for (model, name), curves in grouped(rows).items():
+        if len(curves[0]) > 1 and ATTACKS[name].x == "epoch":
+            lines[model, f"{name}, start"] = [curve[0] for curve in curves]
+        lines[model, name] = [curve[-1] for curve in curves]
+    return lines
 
 
-def values_of(key, several):
-    """A score of each seed; [] where one of them lacks it."""
-    values = [scores.get(key) for scores in several]
-    return [] if None in values else values
+def rest(row, key):
+    """A score; after relearning, of the questions that were not learned again."""
+    return row.get(f"unseen_{key}", row.get(key))
 
 
-def spread(values):
-    """The mean and standard deviation over seeds; of one seed its value."""
-    if len(values) > 1:
-        return np.mean(values), np.std(values, ddof=1)
-    return values[0] if values else None
+def report(path, lines, proc, with_spread):
+    """The tables of a run, or of several: a score by stage; of some attacks their own scores."""
+    tables = {}
 
+    def put(title, model, column, values):
+        if None not in values:
+            value = statistics.mean(values)
+            if with_spread and len(values) > 1:
+                value = value, statistics.stdev(values)
+            tables.setdefault(title, {}).setdefault(model, {})[column] = value
 
-def report(a, rows, lines):
-    """One run's table and the picture of its curves."""
-    present = set().union(*rows)
-    keys = [key for key in SHOWN if key in present]
-    table = {}
-    for (_, _, title), several in lines.items():
-        # as many as stay readable; relearn.json has all
-        table[title] = {key: spread(values_of(key, several)) for key in keys[:8]}
-    path = os.path.join(a.c.out, "relearn")
-    a.proc.say("\n" + configs.show_tables({"scores": table}, ARROWS, path))
-    drawn = {}
-    for (model, name, seed), curve in curves_of(rows).items():
-        if len(curve) > 1:
-            drawn[f"{model}, {name}, seed {seed}"] = curve
-    if drawn:
-        configs.picture(f"{path}.png", drawn, {}, "epoch", keys[0])
-    picture = ", relearn.png" if drawn else ""
-    a.proc.say(f"\n{a.c.out}: relearn.json, relearn.md, relearn.csv{picture}")
-
-
-def compare(path, stages_of_all, proc):
-    """Tables over runs and controls {label: {stage: [scores of each seed]}}; means over seeds."""
-    title = "known of the forget set (after relearning: of the rest of it)"
-    tables = {title: {}, "recovered": {}, "audits": {}}
-
-    def put(table, label, column, values):
-        if values:
-            tables[table].setdefault(label, {})[column] = np.mean(values)
-
-    for label, stages in stages_of_all.items():
-        for stage, several in stages.items():
-            if stage == "audits":
-                for key in AUDITS:
-                    put("audits", label, key, values_of(key, several))
-            elif stage:
-                put(title, label, stage, [shown_as_known(scores) for scores in several])
-                put("recovered", label, stage, values_of("recovered", several))
-    tables = {title: table for title, table in tables.items() if table}
+    for key in SHOWN:
+        title = f"{key} {ARROWS[key]} (after relearning: of the other questions)"
+        for (model, stage), several in lines.items():
+            if stage not in ATTACKS or not ATTACKS[stage].shows:
+                put(title, model, stage, [rest(scores, key) for scores in several])
+    for (model, stage), several in lines.items():
+        for key in ATTACKS[stage].shows if stage in ATTACKS else ():
+            put(stage, model, key, [scores.get(key) for scores in several])
     text = configs.show_tables(tables, ARROWS, path)
     proc.say(f"\n{text}\n\n{path}.md, {path}.csv")
 
 
-def stages_of(lines, owner):
-    return {stage: several for (model, stage, _), several in lines.items() if model == owner}
+def draw(path, groups):
+    """What is known by epoch, leak_at_k by k: a color a model, a style an attack.
 
-
-def shown_as_known(scores):
-    muse = scores.get("knowmem_f", 0) / 100
-    return scores.get("unseen_forget_prob", scores.get("forget_prob", muse))
+    A line is the mean over seeds, its band their range. Is there a curve to draw?
+    """
+    from matplotlib.figure import Figure
+    groups = {key: curves for key, curves in groups.items() if len(curves[0]) > 1}
+    panels = dict.fromkeys(ATTACKS[attack].x for _, attack in groups)
+    if not panels:
+        return False
+    figure = Figure(figsize=(5 * len(panels) + 3, 4.5), layout="constrained")
+    panels = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]))
+    models, attacks = [list(dict.fromkeys(names)) for names in zip(*groups)]
+    for (model, attack), curves in groups.items():
+        x, color = ATTACKS[attack].x, f"C{models.index(model)}"
+        y = next(key for key in SHOWN if rest(curves[0][0], key) is not None)
+        at = evaluate.column(curves[0], x)
+        values = np.array([[rest(row, y) for row in curve] for curve in curves])  # (seeds, points)
+        panels[x].plot(at, values.mean(0), color=color, label=f"{model}, {attack}",
+                       linestyle=("-", "--", ":", "-.")[attacks.index(attack) % 4])
+        panels[x].fill_between(at, values.min(0), values.max(0), color=color, alpha=0.15)
+        panels[x].set(xlabel=x, ylabel=y)
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(path + ".tmp", dpi=150, format="png")
+    os.replace(path + ".tmp", path)  # a file that exists is whole
+    return True
 
 
 # ------------------------------------------------------------------------------------------------
@@ -344,11 +425,13 @@ def shown_as_known(scores):
 class Attack(configs.Settings):
     """the attack"""
     attacks: tuple[str, ...] = ("relearn_random",)  # or _shortest, _longest; int8, int4, nf4, fp4,
-                                                    # paraphrase, audits
+                                                    # paraphrase, worst_case, sample, audits
     fraction: float = 0.2  # relearn: the share of the forget examples that is learned again
     examples: int | None = None  # relearn: their number instead
     relearn_data: str | None = None  # relearn: fine-tune on these rows instead (benign data)
-    seeds: tuple[int, ...] = (0,)  # relearn: one curve per seed
+    samples: int = 64  # sample: answers to each question
+    temperature: float = 1.0  # sample: of the distribution they are drawn from
+    seeds: tuple[int, ...] = (0,)  # relearn, sample: one curve per seed
     control: bool = True  # attack the retain model too
     utility: bool = False  # score the other sets after each attack too
 
@@ -357,7 +440,8 @@ class Attack(configs.Settings):
         if wrong or not self.attacks:
             yield f"--attacks={','.join(self.attacks)}: any of {', '.join(ATTACKS)}."
         yield from self.check("fraction", lambda v: 0 < v <= 1, "must be above 0 and at most 1.")
-        yield from self.check("examples", lambda n: n >= 1, "must be at least 1.")
+        yield from self.check("examples samples", lambda n: n >= 1, "must be at least 1.")
+        yield from self.check("temperature", lambda v: v > 0, "must be above 0.")
         yield from self.check("relearn_data", data.is_source, data.NO_SOURCE)
         if min(self.seeds, default=-1) < 0:
             yield f"--seeds={','.join(map(str, self.seeds))}: at least one, none below 0."
@@ -378,10 +462,11 @@ class Config(unlearn.Config, Attack):
 
 
 # an attack fine-tunes on the plain answers, from the model as it is: what it ignores is refused
-FIXED = {"forget_loss": "nll", "retain_loss": "none", "forget_weight": 1.0, "audits": False,
-         "resume": False, "save_every": 0.0}
-IGNORED = dict.fromkeys([*FIXED, *configs.fields(unlearn.Method), *configs.fields(unlearn.Keeping)],
-                        "leave it out")
+HYPER = (*configs.fields(unlearn.Method), *configs.fields(unlearn.Keeping))
+FIXED = {name: getattr(unlearn.Config, name) for name in HYPER}
+FIXED |= {"forget_loss": "nll", "retain_loss": "none", "audits": False, "resume": False,
+          "save_every": 0.0}
+IGNORED = dict.fromkeys(FIXED, "leave it out")
 INHERITED = evaluate.INHERITED | {"model", *configs.fields(unlearn.Optimizer)}
 IGNORED |= {"audits": "write --attacks=audits", "seed": "write --seeds=0,1,2"}
 
@@ -391,11 +476,11 @@ def load_bench(c):
                       holdout="audits" in c.attacks)
     if not c.utility and "forget" in bench.evals:
         bench.evals = {"forget": bench.evals["forget"]}
-    if "paraphrase" in c.attacks:
-        for row in bench.evals.get("forget", [{}]):
-            if "paraphrased_question" not in row:
-                raise UsageError("--attacks=paraphrase: the forget set has no column "
-                                 "paraphrased_question.")
+    for name in c.attacks:
+        column = ATTACKS[name].needs
+        for row in bench.evals.get("forget") or bench.evals["knowmem_f"]:
+            if column and column not in row:
+                raise UsageError(f"--attacks={name}: the forget set has no column {column}.")
     return bench
 
 
@@ -430,19 +515,20 @@ def main(argv):
         proc.say("No retain_model: there is no control, so what is relearned cannot be told from "
                  "what is newly learned.")
 
-    controls, stages = {}, {}
+    controls, every = {}, {}
     for label, (name, c) in runs.items():
         a = prepare(name, label, c, proc, bench)
         rows = attack_all(a, controls)
         lines = lines_of(a, rows)
         if proc.rank == 0:
-            report(a, rows, lines)
-        stages[label] = stages_of(lines, label)
-        if c.control and c.retain_model:
-            control = os.path.basename(os.path.normpath(c.retain_model))
-            stages.setdefault(control, stages_of(lines, CONTROL))
+            path = os.path.join(c.out, "relearn")
+            report(path, lines, proc, with_spread=True)
+            proc.say(f"{path}.json{', relearn.png' if draw(f'{path}.png', grouped(rows)) else ''}")
+        control = os.path.basename(os.path.normpath(c.retain_model or CONTROL))
+        for (model, stage), several in lines.items():
+            every[control if model == CONTROL else model, stage] = several
     if len(names) > 1 and proc.rank == 0:
-        compare(os.path.join(given.get("out", "out"), "relearn"), stages, proc)
+        report(os.path.join(given.get("out", "out"), "relearn"), every, proc, with_spread=False)
     models.cleanup()
 
 

@@ -377,20 +377,32 @@ def number(x):
 def cells(rows, arrows):
     """A table as lines of texts, its head first. A wide one is transposed: a line per score."""
     scores = list(dict.fromkeys(score for row in rows.values() for score in row))
-    lines = [["", *(f"{score} {arrows.get(score, '↑')}".rstrip() for score in scores)]]
+    lines = [["", *(f"{score} {arrows.get(score, '')}".rstrip() for score in scores)]]
     for name, row in rows.items():
         lines.append([name, *(number(row.get(score)) for score in scores)])
     return list(zip(*lines)) if len(scores) > 8 else lines
 
 
+WIDTH = 100  # of a table in a terminal
+
+
 def table(rows, arrows):
-    """The text of one table, in aligned columns."""
+    """The text of one table, in aligned columns; one wider than WIDTH goes on below itself."""
     columns = []
     for column in zip(*cells(rows, arrows)):
         width = max(map(len, column))
         align = str.rjust if columns else str.ljust
         columns.append([align(cell, width) for cell in column])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
+    name, *columns = columns
+    parts, room = [], 0
+    for column in columns:
+        room -= 2 + len(column[0])
+        if room < 0:
+            parts.append([name])
+            room = WIDTH - len(name[0]) - 2 - len(column[0])
+        parts[-1].append(column)
+    lines = [["  ".join(line).rstrip() for line in zip(*part)] for part in parts]
+    return "\n\n".join(map("\n".join, lines))
 
 
 def markdown(title, rows, arrows):
