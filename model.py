@@ -721,7 +721,6 @@ def generate(lm, tokenizer, prompts: list, max_new_tokens: int, proc: Process, m
         if len(ids) < max_new_tokens and not (ids and ids[-1] in stop):
             unfinished.append(i)
     sizes = [len(prompts[i]) + max_new_tokens for i in unfinished]
-    n_shared = shared_length(prompts, lm.row_limit)
     mine = {}
     with proc.clock.phase("answering"), forward_only(lm, proc, gather=True):
         for batch in proc.progress(proc.share(data.cut(sizes, max_tokens)), title):
@@ -729,7 +728,7 @@ def generate(lm, tokenizer, prompts: list, max_new_tokens: int, proc: Process, m
             begun = [prompts[i] + answers[i] for i in indices]
             limits = [max_new_tokens - len(answers[i]) for i in indices]
             with proc.autocast():
-                new = continue_prompts(lm, begun, limits, stop, proc, n_shared, choose, indices)
+                new = continue_prompts(lm, begun, limits, stop, proc, choose, indices)
             mine.update(zip(indices, new))
         for i, ids in proc.merge(mine).items():
             answers[i] = answers[i] + ids
@@ -744,37 +743,24 @@ def end_at(ids, stop):
     return ids
 
 
-def shared_length(prompts, limit):
-    """The length of what all prompts begin with, as MUSE's do with ten answered questions.
-
-    It is computed once per batch, where it is long enough to pay and fits a sliding window.
-    """
-    n_shared = len(os.path.commonprefix([ids[:-1] for ids in prompts]))
-    longest = max((len(ids) for ids in prompts), default=0)
-    return n_shared if n_shared >= 16 and longest <= limit else 0
-
-
-def continue_prompts(lm, prompts, limits, stop, proc, n_shared=0, choose=None, indices=()):
+def continue_prompts(lm, prompts, limits, stop, proc, choose=None, indices=()):
     """Greedy ids for each prompt: at most its limit, up to and including the first id in `stop`.
 
-    The first n_shared ids, the same in all prompts, are computed once. Padding stands behind them
-    and is masked. Finished prompts leave the batch. choose, indices: see generate.
+    Padding stands before them and is masked. Finished prompts leave the batch. choose, indices: as
+    generate has them.
     """
     width, device = max(map(len, prompts)), proc.device
     ids, mask = [], []
     for prompt in prompts:
         padding = [0] * (width - len(prompt))
-        ids.append(padding + prompt[n_shared:])
-        mask.append([1] * n_shared + padding + [1] * (len(prompt) - n_shared))
+        ids.append(padding + prompt)
+        mask.append(padding + [1] * len(prompt))
     ids, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)  # (S, T)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, n_shared:]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = transformers.DynamicCache(config=lm.config)
     takes_cache = "cache" in inspect.signature(lm.forward).parameters  # its name since 5.24
     options = {"use_cache": True, "logits_to_keep": 1,
                "cache" if takes_cache else "past_key_values": cache}
-    if n_shared:
-        lm(input_ids=torch.tensor([prompts[0][:n_shared]], device=device), **options)
-        cache.batch_repeat_interleave(len(prompts))
 
     answers = [[] for _ in prompts]
     active = list(range(len(prompts)))  # the prompt of each sequence in the batch

@@ -593,7 +593,7 @@ def finetune_missing(c, proc, bench):
         if not path or not c.base_model:
             continue
         recipe = finetune_config(c, path)
-        if not to_be_made(c, path):
+        if not rundir.to_be_made(c, path):
             check_recipe(setting, path, recipe)
             continue
         which = rows.removesuffix("_full")
@@ -605,27 +605,15 @@ def finetune_missing(c, proc, bench):
 
 def check_recipe(setting, path, recipe):
     """Refuse a fine-tuned model that was made with other settings."""
-    existing = rundir.read_json(os.path.join(path, "run.json"))
     names = ["benchmark", "base_model", "template", "data"]
     names += [name.removeprefix("finetune_") for name in configs.fields(Finetuning)]
     if (setting, recipe.benchmark) != ("model", "tofu"):  # TOFU's target has seen all subsets
         names.append("subset")
-    differ = []
-    for name in names:
-        wanted = getattr(recipe, name)
-        if existing and existing.get(name) != wanted:
-            differ.append(f"{name} {existing.get(name)} there, {wanted} here")
+    existing = rundir.read_json(os.path.join(path, "run.json"))
+    differ = rundir.differences(recipe, existing, names) if existing else []
     if differ:
         raise UsageError(f"--{setting}={path}: was made otherwise ({'; '.join(differ)}); name "
                          "another path to make one anew, or --base_model=None to take it as it is.")
-
-
-def to_be_made(c, path):
-    """Is `path` a model to make from base_model: below out/, and missing or unfinished?"""
-    below_out = not os.path.isabs(path) and os.path.normpath(path).startswith("out" + os.sep)
-    finished = rundir.read_json(os.path.join(path, "run.json")).get("finished", True)
-    exists = os.path.isfile(os.path.join(path, "config.json"))
-    return below_out and bool(c.base_model) and not (finished and exists)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -697,7 +685,7 @@ def fit_to_own_rows(c, given, proc):
     Batches of a third of the rows, at least 30 steps, and the shorter ones the larger the model.
     """
     n_rows = len(data.read_own(c.forget_data))
-    start = c.base_model if to_be_made(c, c.model) else c.model
+    start = c.base_model if rundir.to_be_made(c, c.model) else c.model
     n_parameters = models.without_weights(start).num_parameters()
     batch_size = given.get("batch_size") or min(max(n_rows // 3, 1), 32)
     lr = 5e-5 if n_parameters < 1e9 else 1e-5
@@ -772,7 +760,7 @@ def check_models(c):
                          "directory of its own.")
     for setting in ("model", "retain_model", "base_model"):
         path = getattr(c, setting)
-        if path and (setting == "base_model" or not to_be_made(c, path)):
+        if path and (setting == "base_model" or not rundir.to_be_made(c, path)):
             configs.check_name(path, setting)
 
 
@@ -796,7 +784,8 @@ def main(argv):
                       split=c.split)
     if not c.plan:
         finetune_missing(c, proc, bench)
-    start = c.base_model if to_be_made(c, c.model) else c.model  # with --plan nothing is made
+    # with --plan nothing is made
+    start = c.base_model if rundir.to_be_made(c, c.model) else c.model
     unlearn(c, proc, run, bench, start)
     models.cleanup()
 

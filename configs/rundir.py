@@ -354,14 +354,25 @@ class RunDirectory:
 # what is in a run directory
 
 
-def differences(c, existing):
-    """What makes an `existing` run.json another run's: ["lr 1e-05 there, 0.001 here", ...]."""
+def to_be_made(c, path):
+    """Is `path` a model to make from base_model: below out/, and missing or unfinished?"""
+    below_out = not os.path.isabs(path) and os.path.normpath(path).startswith("out" + os.sep)
+    finished = read_json(os.path.join(path, "run.json")).get("finished", True)
+    exists = os.path.isfile(os.path.join(path, "config.json"))
+    return below_out and bool(c.base_model) and not (finished and exists)
+
+
+def differences(c, existing, names=None):
+    """What makes an `existing` run.json another run's: ["lr 1e-05 there, 0.001 here", ...].
+
+    names: the settings to compare; None = all that change a result.
+    """
     harmless = set()
     for group in type(c).__mro__:
         if not vars(group).get("changes_result", True):
             harmless.update(inspect.get_annotations(group))
     found = []
-    for name in vars(c).keys() - harmless:
+    for name in names or vars(c).keys() - harmless:
         # a setting that is younger than the run had its default
         here, there = getattr(c, name), existing.get(name, getattr(type(c), name))
         if json.dumps(here) != json.dumps(there):  # JSON has lists for tuples

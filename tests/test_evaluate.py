@@ -322,13 +322,11 @@ def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(mini):
     assert len(set(together)) > 2
 
 
-@pytest.mark.parametrize("n_shared", [0, 18])  # nothing, and enough to be computed once
-def test_greedy_answers_are_hugging_faces_however_much_is_known_or_shared(
-        mini, monkeypatch, n_shared):
+def test_greedy_answers_are_hugging_faces_however_much_is_known(mini, monkeypatch):
     lm, tokenizer = load_ours(mini)
     prompts, whole = [], []
     for k in (1, 9, 27, 2):
-        prompt = [*range(200, 200 + n_shared), *range(40, 40 + k)]
+        prompt = [*range(200, 218), *range(40, 40 + k)]
         ids = torch.tensor([prompt])
         out = lm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12,
                           do_sample=False, pad_token_id=0)
@@ -349,8 +347,6 @@ def test_greedy_answers_are_hugging_faces_however_much_is_known_or_shared(
         known = [answer[:n_known] for answer in whole]
         assert models.generate(lm, tokenizer, prompts, 12, PROC, 10**6, known=known) == texts
         assert bool(sizes) == (n_known < 12)  # what is known in full is not computed
-        if n_shared and sizes:
-            assert sizes[0] == 18
 
 
 def test_an_answer_that_the_model_would_give_itself_is_not_generated_again(

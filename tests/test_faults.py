@@ -408,12 +408,12 @@ def test_the_target_of_a_run_that_was_killed_is_taken_only_when_it_is_finished(
     c = configs.make(unlearn.Config, {"base_model": "tiny_llama"})
     target = tmp_path / "out" / "target"
     target.mkdir(parents=True)
-    assert unlearn.to_be_made(c, "out/target")
+    assert rundir.to_be_made(c, "out/target")
     (target / "config.json").write_text("{}")
-    assert not unlearn.to_be_made(c, "out/target")  # somebody's model
+    assert not rundir.to_be_made(c, "out/target")  # somebody's model
     for finished in (False, True):
         (target / "run.json").write_text(json.dumps({"finished": finished}))
-        assert unlearn.to_be_made(c, "out/target") is not finished
+        assert rundir.to_be_made(c, "out/target") is not finished
 
 
 def test_scores_never_go_into_the_directory_of_another_run(mini, tmp_path):
