@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu
 import pytest
 import torch
 from conftest import ROOT
@@ -122,3 +123,18 @@ def test_a_planted_fault_is_found(findings, name):
     row = findings[name][case]
     sentences = [row["error"] or "", *row["found"]]
     assert any(re.search(words, sentence) for sentence in sentences), row
+
+
+def test_a_section_of_the_gpu_page_that_fails_leaves_its_error_and_the_others_go_on(
+        tmp_path, monkeypatch, capsys):
+    def broken(a, sizes, proc):
+        """Broken."""
+        raise RuntimeError("out of\nluck")
+
+    monkeypatch.setitem(gpu.SECTIONS, "memory", broken)
+    gpu.main(["--small", "--device=cpu", "--only=memory,versions", f"--out={tmp_path / 'page'}"])
+    page = (tmp_path / "page").read_text()
+    assert "## Broken.\n\n**failed**: RuntimeError: out of luck\n" in page
+    assert f"torch {torch.__version__}" in page and page.strip() in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        gpu.main(["--device=cpu", "--only=no_such_section"])
