@@ -200,6 +200,7 @@ NINE = [f"{name}_{score}" for name in ("retain", *OPTIONS)
 
 def record_qa(lm, tokenizer, bench, c, proc):
     """A record per row of every set: NLL of its answers, the greedy answer and its ROUGE."""
+    c = models.fit(c, lm.config)
     template = make_template(tokenizer, c)
     records, known = score_answers(lm, template, bench, c, proc)
     generate_answers(lm, template, records, known, c, proc)
@@ -257,7 +258,7 @@ def generate_answers(lm, template, records, known, c, proc):
     prompts = [template.prompt_ids(record["question"]) for record in asked]
     begun = [known[key_of(record)] for record in asked]
     texts = models.generate(lm, template.tokenizer, prompts, c.max_new_tokens, proc,
-                            4 * c.micro_batch_tokens, "answering", begun, template.ends[1])
+                            4 * c.micro_batch_tokens, "answering", template.ends[1], begun)
     for record, text in zip(asked, texts):
         record["generated"] = text.strip()
         record |= rouge(text, record["answer"], stem=True)
@@ -558,7 +559,7 @@ MARKOV = Protocol(
     record_markov, markov_scores,
     headline=("retain_kl", "forget1_kl", "forget2_kl"),
     axes=("retain_kl", "forget1_kl"),
-    settings={"template": "qa", "max_length": 500, "max_new_tokens": 200},
+    settings={"template": "qa", "max_length": 20, "max_new_tokens": 200},
     needs_retain=False)
 OWN = dataclasses.replace(
     TOFU,
