@@ -111,17 +111,16 @@ def read_rows(path: str, whole: bool = False) -> list[dict]:
     name is read as JSON.
     """
     kind = os.path.splitext(path)[1]
-    if kind == ".parquet" or not os.path.isfile(path):
-        rows = read_set(path)
-    elif kind == ".txt":
-        texts = [read_text(path)] if whole else read_text(path).split("\n")
-        rows = [text for text in texts if text.strip()]
-    else:
-        name, read = ("CSV", read_csv) if kind == ".csv" else ("JSON", read_json)
-        try:
-            rows = read(read_text(path))
-        except (ValueError, RecursionError, csv.Error) as e:
-            raise UsageError(f"{path}: not valid {name} ({e}).") from None
+    try:
+        if kind == ".parquet" or not os.path.isfile(path):
+            rows = read_set(path)
+        elif kind == ".txt":
+            text = read_text(path)
+            rows = [line for line in ([text] if whole else text.split("\n")) if line.strip()]
+        else:
+            rows = (read_csv if kind == ".csv" else read_json)(read_text(path))
+    except (ValueError, RecursionError, csv.Error) as e:
+        raise UsageError(f"{path}: cannot be read ({e}).") from None
     if not rows:
         raise UsageError(f"{path}: holds no rows.")
     return [{"text": row} if isinstance(row, str) else row for row in rows]
@@ -131,26 +130,24 @@ def read_csv(text):
     """Every field is text: 1984 is no number, and NA is an answer."""
     csv.field_size_limit(2**31 - 1)
     rows = [*csv.DictReader(io.StringIO(text))]
-    for i, row in enumerate(rows, 1):
-        if None in row:
-            raise ValueError(f"row {i} has more fields than the first line; a text with a comma "
-                             "stands in quotes")
+    wrong = [i for i, row in enumerate(rows, 1) if None in row]
+    if wrong:
+        raise ValueError(f"row {wrong[0]} has more fields than the first line; a text with a comma "
+                         "stands in quotes")
     return rows
 
 
 def read_json(text):
     """Rows are lines, an array, an object around an array, or columns: {"text": [...]}."""
-    values = documents(text)
-    if len(values) != 1:
-        return values
-    [value] = values
-    if isinstance(value, dict) and not convention(value):
-        lists = {name: items for name, items in value.items() if isinstance(items, list)}
+    rows = documents(text)
+    only = rows[0] if len(rows) == 1 else None
+    if isinstance(only, dict) and not convention(only):
+        lists = {name: items for name, items in only.items() if isinstance(items, list)}
         if len(lists) == 1:
-            [value] = lists.values()
+            [only] = lists.values()
         elif lists:
-            value = [dict(zip(lists, row)) for row in zip(*lists.values(), strict=True)]
-    return value if isinstance(value, list) else values
+            only = [dict(zip(lists, row)) for row in zip(*lists.values(), strict=True)]
+    return only if isinstance(only, list) else rows
 
 
 def documents(text: str) -> list:
@@ -165,11 +162,8 @@ def documents(text: str) -> list:
 
 def read_text(path):
     try:
-        with open(path, encoding="utf-8-sig") as f:  # -sig: drop the byte order mark Windows writes
+        with open(path, encoding="utf-8-sig") as f:  # -sig: drop the byte order mark of Windows
             return f.read()
-    except UnicodeDecodeError as e:
-        message = f"{path}: not UTF-8 at byte {e.start}; save the file as UTF-8."
-        raise UsageError(message) from None
     except OSError as e:
         raise UsageError(f"{path}: cannot be read ({e.strerror}).") from None
 
@@ -201,7 +195,7 @@ def is_said(value):
 
 
 class Turns(str):
-    """A question of several turns as one text; a chat template renders `turns`."""
+    """A question as one text; a chat template renders its `turns`."""
     turns = ()
 
 
@@ -209,19 +203,18 @@ def exchange(row: dict, columns: tuple) -> tuple:
     """(question, answer) of a row of OTHERS: all turns before the assistant's last, and that."""
     turns = []
     for name, role in zip(columns, ("user", "assistant")):
-        texts = row[name]
-        for turn in [{"role": role, "content": texts}] if isinstance(texts, str) else texts:
-            role = turn.get("role") or ROLES[turn["from"]]
-            turns.append({"role": role, "content": turn.get("content") or turn["value"]})
+        told = row[name]
+        turns += [{"role": role, "content": told}] if isinstance(told, str) else told
+    for i, turn in enumerate(turns):
+        role = turn.get("role") or ROLES[turn["from"]]
+        turns[i] = {"role": role, "content": turn.get("content") or turn["value"]}
+    if columns[0] == "instruction" and row.get("input"):
+        turns[0]["content"] += "\n" + row["input"]
     while turns[-1]["role"] != "assistant":
         turns.pop()
     answer = turns.pop()["content"].strip()
-    question = turns[0]["content"]
-    if row.get("input") and columns[0] == "instruction":
-        question += "\n" + row["input"]
-    if len(turns) > 1:
-        question = Turns("\n".join(turn["role"] + ": " + turn["content"] for turn in turns))
-        question.turns = turns
+    question = Turns("\n".join(turn["content"] for turn in turns))
+    question.turns = turns
     return question, answer
 
 
@@ -243,7 +236,7 @@ def check_rows(rows: list, where: str, columns: tuple) -> list[dict]:
         if columns in OTHERS:
             try:
                 kept = dict(zip(QA, exchange(row, columns)))
-            except (AttributeError, IndexError, KeyError, TypeError):
+            except (AttributeError, LookupError, TypeError):
                 raise UsageError(f"{place}: {' and '.join(columns)} must be texts, or turns (role "
                                  "and content, from and value) up to an answer.") from None
         kept |= {name: row[name] for name in OPTIONAL if row.get(name) is not None}
@@ -296,9 +289,7 @@ def read_config(source, config, columns, split="train", whole=False, missing=Non
     """
     if not is_source(source):
         raise UsageError(f"--data={source}: {NO_SOURCE}")
-    names = []
-    for name in (config, os.path.join(config, split)):
-        names += [name + kind for kind in KINDS]
+    names = [name + kind for name in (config, f"{config}/{split}") for kind in KINDS]
     for name in names:
         path = os.path.join(source, name)
         if os.path.isfile(path):
@@ -319,8 +310,8 @@ def read_own(path: str, whole: bool = False) -> list[dict]:
     first = rows[0] if isinstance(rows[0], dict) else {}
     columns = convention(first) or QA
     found = check_rows(rows, path, columns)
-    unread = [name for name in first if name not in (*columns, *OPTIONAL, "input")]
-    others = f"; not read: {', '.join(unread)}" if unread else ""
+    unread = {*first} - {*columns, *OPTIONAL, "input"}
+    others = f", not as {', '.join(sorted(unread))}" if unread else ""
     note(f"{path}: {len(rows)} rows, read as {' and '.join(columns)}{others}")
     return found
 
@@ -354,7 +345,9 @@ def load(benchmark, subset, source=None, forget_data=None, retain_data=None, tra
             bench.full, bench.retain_full = forget + retain, retain
         return bench
 
-    bench = LOADERS[benchmark](source, subset, train, score)
+    if benchmark == "markov":
+        return markov(source or "0", subset)
+    bench = demo() if benchmark == "demo" else load_tofu(source, subset, train, score)
     if retain_data:
         bench.retain = read_own(retain_data)
     if holdout and benchmark == "tofu":
@@ -380,11 +373,6 @@ def load_tofu(source, subset, train=True, score=True) -> Benchmark:
     return bench
 
 
-LOADERS = {
-    "demo": lambda source, subset, train, score: demo(),
-    "tofu": load_tofu,
-    "markov": lambda source, subset, train, score: markov(source or "0", subset),
-}
 # MUSE's scored sets: _f forget, _r retain, _h holdout
 MUSE_SETS = ("verbmem_f", "knowmem_f", "knowmem_r", "privleak_f", "privleak_h")
 
@@ -395,11 +383,9 @@ def load_muse(source: str) -> dict:
     The prompts are fixed by the protocol: a question follows ten answered ones and ends in
     "Answer: ", with the space.
     """
-    verbatim = []
-    for row in read_filled(source, "verbmem", "forget", ("prompt", "gt")):
-        verbatim.append({"prompt": row["prompt"], "answer": row["gt"]})
+    verbatim = read_filled(source, "verbmem", "forget", ("prompt", "gt"))
     return {
-        "verbmem_f": verbatim,
+        "verbmem_f": [{"prompt": row["prompt"], "answer": row["gt"]} for row in verbatim],
         "knowmem_f": read_questions(source, "forget_qa"),
         "knowmem_r": read_questions(source, "retain_qa"),
         "privleak_f": read_filled(source, "privleak", "forget", ("text",)),
@@ -453,8 +439,7 @@ def load_full(bench, benchmark, source):
     elif benchmark == "tofu":
         bench.full = read_config(source, "full", QA)
     else:  # the user's own rows replaced those of the demo
-        made = LOADERS[benchmark](source, None, True, True)
-        bench.full, bench.retain_full = made.full, made.retain_full
+        bench.full, bench.retain_full = demo().full, demo().retain_full
 
 
 def read_refusals(path: str | None = None) -> list[str]:
@@ -494,12 +479,6 @@ TOFU_LOG = {
     "eval_real_author_wo_options.json": "real_authors",
     "eval_real_world_wo_options.json": "world_facts",
 }
-OPEN_UNLEARNING_LOG = {
-    "forget": "forget",
-    "retain": "retain",
-    "ra": "real_authors",
-    "wf": "world_facts",
-}
 TOFU_COLUMNS = {  # key of our record: column
     "nll": "avg_gt_loss",
     "paraphrased_nll": "avg_paraphrased_loss",
@@ -507,11 +486,27 @@ TOFU_COLUMNS = {  # key of our record: column
     "n_tokens": "num_token_gt",
     "rougeL_recall": "rougeL_recall",
 }
-OPEN_UNLEARNING_MUSE = {
-    "verbmem_f": "forget_verbmem",
-    "knowmem_f": "forget_knowmem",
-    "knowmem_r": "retain_knowmem",
+OPEN_UNLEARNING_LOG = {  # what the names of a set's metrics begin with: set
+    "forget_Q_A_": "forget",
+    "retain_Q_A_": "retain",
+    "ra_Q_A_": "real_authors",
+    "wf_Q_A_": "world_facts",
+    "forget_verbmem_": "verbmem_f",
+    "forget_knowmem_": "knowmem_f",
+    "retain_knowmem_": "knowmem_r",
+    "forget_mia_": "privleak_f",
+    "holdout_mia_": "privleak_h",
 }
+OPEN_UNLEARNING_COLUMNS = (  # rest of a metric's name, column, key of our record
+    ("Prob", "avg_loss", "nll"),
+    ("PARA_Prob", "avg_loss", "paraphrased_nll"),
+    ("PERT_Prob", "avg_loss", "perturbed_nll"),
+    ("ROUGE", "rougeL_recall", "rougeL_recall"),
+    ("ROUGE", "rougeL_f1", "rougeL_f1"),
+    ("ROUGE", "ground_truth", "answer"),
+    ("ROUGE", "generation", "generated"),
+    ("min_k", "score", "min_k"),
+)
 # of a record: its texts, and the scores of an audit (membership: higher = more like a member)
 TEXTS = ("question", "answer", "generated")
 MEMORIZATION = ("exact_memorization", "extraction_strength")
@@ -583,45 +578,34 @@ def is_number(value, least):
 def read_tofu_log(log):
     records = []
     for file, name in TOFU_LOG.items():
-        if file in log:
-            found = {column: listed(values) for column, values in log[file].items()}
-            columns = {key: found[column] for key, column in TOFU_COLUMNS.items()}
-            columns["generated"] = [texts[1] for texts in found["generated_text"]]
-            columns["answer"] = [texts[2] for texts in found["generated_text"]]
-            records += records_of(name, columns)
+        columns = {column: listed(values) for column, values in log.get(file, {}).items()}
+        for i, texts in enumerate(columns.get("generated_text", [])):
+            record = {key: columns[column][i] for key, column in TOFU_COLUMNS.items()}
+            record |= {"set": name, "index": i, "generated": texts[1], "answer": texts[2]}
+            records.append(record)
     return records
 
 
 def read_open_unlearning_log(log):
-    def values(metric, column):
-        found = metric if isinstance(metric, dict) else log.get(metric, {})
-        return [entry.get(column) for entry in listed(found.get("value_by_index", {}))]
-
+    for side, metric in log.get("mia_min_k", {}).items():
+        log[f"{side}_mia_min_k"] = metric
     records = []
-    for short, name in OPEN_UNLEARNING_LOG.items():
-        own, other, wrong = [values(f"{short}_Q_A_{kind}", "avg_loss")
-                             for kind in ("Prob", "PARA_Prob", "PERT_Prob")]
-        answers = f"{short}_Q_A_ROUGE"
-        records += records_of(name, {
-            "nll": own or other, "paraphrased_nll": other or own, "perturbed_nll": wrong,
-            "rougeL_recall": values(answers, "rougeL_recall"),
-            "generated": values(answers, "generation")})
-    for name, metric in OPEN_UNLEARNING_MUSE.items():
-        records += records_of(name, {
-            "rougeL_f1": values(f"{metric}_ROUGE", "rougeL_f1"),
-            "answer": values(f"{metric}_ROUGE", "ground_truth"),
-            "generated": values(f"{metric}_ROUGE", "generation")})
-    for side in ("forget", "holdout"):  # its scores are lower for a member
-        scores = values(log.get("mia_min_k", {}).get(side, {}), "score")
-        records += records_of(f"privleak_{side[0]}", {"min_k": [-score for score in scores]})
+    for prefix, name in OPEN_UNLEARNING_LOG.items():
+        some = {}
+        for rest, column, key in OPEN_UNLEARNING_COLUMNS:
+            entries = log.get(prefix + rest, {}).get("value_by_index", {})
+            for i, entry in enumerate(listed(entries)):
+                record = some.setdefault(i, {"set": name, "index": i})
+                if column in entry:
+                    record[key] = entry[column]
+        records += some.values()
+    for record in records:
+        for key, other in (("nll", "paraphrased_nll"), ("paraphrased_nll", "nll")):
+            if other in record:
+                record.setdefault(key, record[other])
+        if "min_k" in record:  # theirs is lower for a member
+            record["min_k"] *= -1
     return records
-
-
-def records_of(name, columns):
-    """A record per example of a set, from {key: values in order}; what is not there is left out."""
-    columns = {key: values for key, values in columns.items() if values}
-    rows = zip(*columns.values(), strict=True)
-    return [{"set": name, "index": i, **dict(zip(columns, row))} for i, row in enumerate(rows)]
 
 
 def listed(values):
@@ -639,9 +623,9 @@ class Example:
     ids: list
     start: int
     row: dict | None = dataclasses.field(default=None, repr=False, compare=False)  # its source
-    cut: bool = dataclasses.field(default=False, repr=False, compare=False)  # its end is missing
     # log p of each answer token before unlearning, (n_answer,); filled once, for NPO and DPO
     ref_logps: object = dataclasses.field(default=None, repr=False, compare=False)
+    cut: bool = False  # the answer's end is missing
 
     @property
     def n_answer(self) -> int:
@@ -714,24 +698,23 @@ class Template:
         special token, be it the tokenizer's EOS or not, or the next turn's where it alone parts
         them.
         """
-        eos, mark = self.tokenizer.eos_token_id, "Zurich"
+        end, mark = self.tokenizer.eos_token_id, "Zurich"
         if self.name != "chat":
-            return "", eos
+            return "", end
         turns = self.turns("Where?")
         opened = self.render(turns, add_generation_prompt=True)
         answered = [*turns, {"role": "assistant", "content": mark}]
-        finished, _, after = self.render(answered).partition(mark)
-        missing = finished.removeprefix(opened) if finished.startswith(opened) else ""
+        before, _, after = self.render(answered).partition(mark)
+        missing = before[len(opened):] if before.startswith(opened) else ""
         thought = re.search(r"<(\w+)>\s*$", opened)
-        if thought and thought[0] not in finished:
+        if thought and thought[0] not in before:
             missing = f"\n</{thought[1]}>\n\n"
         after += self.render([*answered, turns[-1]]).partition(mark)[2]
-        special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        for token in self.tokenizer(after, add_special_tokens=False)["input_ids"]:
-            if token in special | {eos}:
-                eos = token
-                break
-        return missing if missing.strip() else "", eos
+        added = self.tokenizer.added_tokens_decoder
+        special = [token for token in added if added[token].special]
+        ids = self.tokenizer(after, add_special_tokens=False)["input_ids"]
+        end = next((token for token in ids if token in special), end)
+        return missing if missing.strip() else "", end
 
     def render(self, turns, **options):
         """Render a chat. Without date_string Llama-3's template would print today's date."""
@@ -758,19 +741,18 @@ class Template:
         token but a text's first is scored once. A raw text is cut as MUSE's authors cut it: the
         last piece is filled up from the first, whose BOS then stands in mid-sequence.
         """
-        bos = self.tokenizer.bos_token_id
+        lead = self.tokenizer.bos_token_id
+        if lead is None:  # Qwen has no BOS
+            lead = self.tokenizer.eos_token_id
         if "raw" in row:
-            # Qwen has no BOS
-            ids = [self.tokenizer.eos_token_id if bos is None else bos]
-            ids += tokenize(self.tokenizer, row["raw"], special=False)
+            ids = [lead, *tokenize(self.tokenizer, row["raw"], special=False)]
         else:
             ids = tokenize(self.tokenizer, row.get("text", ""))
             if len(ids) <= max_length:
                 return [row]
         pieces, size = [], max_length - 1
         for i in range(1, len(ids), size):
-            before = 0 if "raw" in row or ids[0] == bos else i - 1
-            pieces.append([ids[before]] + ids[i:i + size])
+            pieces.append([lead if ids[0] == lead else ids[i - 1]] + ids[i:i + size])
         if "raw" in row:
             pieces[-1] = (pieces[-1] + pieces[0])[:max_length]
         texts = self.tokenizer.batch_decode(pieces, skip_special_tokens=True)
@@ -781,10 +763,8 @@ class Template:
         if "question" not in row and answer is not None:
             raise UsageError("a refusal answers a question, and this forget set is text: "
                              "use another --forget_loss.")
-        if "ids" in row:
-            return Example(row["ids"], 1, row)
         if "text" in row:
-            ids = tokenize(self.tokenizer, row["text"])[:max_length]
+            ids = row.get("ids") or tokenize(self.tokenizer, row["text"])[:max_length]
             return Example(ids, 1, row) if len(ids) > 1 else None
         answer = row["answer"] if answer is None else answer
         if not answer.strip():
@@ -850,7 +830,7 @@ def make_batches(groups: dict, batch_size: int, n_steps: int, seed: int, shuffle
     """
     forget, retain = groups["forget"], groups.get("retain")
     n_pairs = n_steps * batch_size
-    pairs = pair_indices(len(forget), len(retain or ()), n_pairs, seed, shuffle)
+    pairs = pair_indices(len(forget), len(retain or "-"), n_pairs, seed, shuffle)
     batches = []
     for first in range(0, n_pairs, batch_size):
         some = pairs[first:first + batch_size]
@@ -871,13 +851,12 @@ def pair_indices(n_forget, n_retain, n_pairs, seed, shuffle):
     pairs, epoch = [], 0
     while len(pairs) < n_pairs:
         order = list(range(n_forget))
-        partners = [i % max(n_retain, 1) for i in order]
+        partners = [i % n_retain for i in order]
         if shuffle:
             # a string seeds the same generator on every machine and Python version
             rng = random.Random(f"{seed} {epoch}")
             rng.shuffle(order)
-            if n_retain:
-                partners = []
+            partners = []
             while len(partners) < n_forget:
                 partners += rng.sample(range(n_retain), n_retain)
         pairs += zip(order, partners)

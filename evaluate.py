@@ -294,6 +294,7 @@ NINE = [f"{name}_{score}" for name in ("retain", *OPTIONS)
 
 def record_qa(lm, tokenizer, bench, c, proc):
     """A record per row of every set: NLL of its answers, the greedy answer and its ROUGE."""
+    c = models.fit(c, lm.config)
     records, known = score_answers(lm, make_template(tokenizer, c), bench, c, proc)
     asked = [record for record in records if key_of(record) in known]
     answer(lm, tokenizer, asked, c, proc, [known[key_of(record)] for record in asked])
@@ -656,7 +657,7 @@ MARKOV = Protocol(
     record_markov, markov_scores,
     headline=("retain_kl", "forget1_kl", "forget2_kl"),
     axes=("retain_kl", "forget1_kl"),
-    settings={"template": "qa", "max_length": 500, "max_new_tokens": 200},
+    settings={"template": "qa", "max_length": 20, "max_new_tokens": 200},
     needs_retain=False)
 OWN = dataclasses.replace(
     TOFU,

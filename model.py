@@ -204,6 +204,11 @@ def from_pretrained(auto, name, **options):
         return auto.from_pretrained(repo, revision=revision, trust_remote_code=False, **options)
     except Exception as e:  # transformers raises many kinds; each is one sentence here
         reason = f"{type(e).__name__}: {(str(e).strip() or '-').splitlines()[0]}"
+        if "model.safetensors" in reason:
+            raise UsageError(
+                f"{name}: has no model.safetensors. Pickled weights (.bin) can run code and are "
+                "not read; if you trust them, convert them once: AutoModelForCausalLM."
+                "from_pretrained(...).save_pretrained(DIR), its AutoTokenizer too.") from None
         if os.path.isdir(repo):
             raise UsageError(f"{name}: cannot be loaded ({reason}).") from None
         raise UsageError(NOT_GIVEN.format(name, reason)) from None
@@ -211,9 +216,12 @@ def from_pretrained(auto, name, **options):
 
 def without_weights(name: str):
     """A model of shapes only."""
-    config = from_pretrained(transformers.AutoConfig, base_name(name))
     with torch.device("meta"):  # tensors without storage
-        return transformers.AutoModelForCausalLM.from_config(config)
+        return transformers.AutoModelForCausalLM.from_config(load_config(name))
+
+
+def load_config(name: str):
+    return from_pretrained(transformers.AutoConfig, base_name(name))
 
 
 def base_name(name: str) -> str:
@@ -248,6 +256,9 @@ def load_tokenizer(name: str):
     try:
         tokenizer = from_pretrained(transformers.AutoTokenizer, name)
     except UsageError as e:
+        if "tiktoken" in str(e) or os.path.isfile(os.path.join(name, "tokenizer.model")):
+            raise UsageError(f"{name}: has a sentencepiece tokenizer and no tokenizer.json: pip "
+                             "install sentencepiece protobuf, and it is converted.") from None
         if "instantiate the backend tokenizer" not in str(e) and "Can't load tok" not in str(e):
             raise
     if not tokenizer or not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
@@ -263,7 +274,7 @@ def load_model(name: str, proc: Process):
     """
     auto = transformers.AutoModelForCausalLM
     with proc.clock.phase("loading"):
-        config = from_pretrained(transformers.AutoConfig, base_name(name))
+        config = load_config(name)
         if proc.rank == 0:
             rundir.check_digests(name)
         # ranks take turns: each has the whole model in CPU memory before it is on its GPU
@@ -659,6 +670,19 @@ def row_limit(lm) -> float:
     return min([window for window in windows if window], default=math.inf)
 
 
+def positions(config) -> float:
+    """How many tokens a model was made for."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def fit(c, config):
+    """The settings with a max_length that the model has positions for."""
+    n = positions(config)
+    if c.max_length > n:
+        data.note(f"max_length is lowered from {c.max_length} to {n}, the positions of the model")
+    return dataclasses.replace(c, max_length=min(c.max_length, n))
+
+
 def log_probs(logits, labels):
     return losses.token_logps(logits, labels)[:, None]  # (n, 1)
 
@@ -671,6 +695,12 @@ def token_scores(lm, groups: list, proc: Process, max_tokens: int, measure: Call
     measure(logits (n, V), labels (n,)) -> (n, k). Whole micro-batches are shared out to the ranks,
     so the values do not depend on the number of processes.
     """
+    n = positions(lm.config)
+    longest = max((len(e.ids) for group in groups for e in group), default=0)
+    tables = {module.num_embeddings for module in lm.modules() if isinstance(module, nn.Embedding)}
+    if longest > n and {n, n + 2} & tables:  # rotary positions have no table that ends
+        raise UsageError(f"a text of {longest} tokens does not fit into the model's {n} positions; "
+                         "shorten it.")
     rows = []  # (index of its group, examples): a group that exceeds the limit is scored in parts
     for i, group in enumerate(groups):
         fits = data.row_tokens(group) <= lm.row_limit
@@ -715,10 +745,17 @@ def generate(lm, tokenizer, prompts: list, max_new_tokens: int, proc: Process, m
     be the likeliest.
     """
     stop = {*stop_ids(lm, tokenizer), end_id}
-    answers = [end_at(ids[:max_new_tokens], stop) for ids in known or [[]] * len(prompts)]
-    unfinished = []
-    for i, ids in enumerate(answers):
-        if len(ids) < max_new_tokens and not (ids and ids[-1] in stop):
+    n = positions(lm.config)
+    limits = [max(0, min(max_new_tokens, n - len(prompt))) for prompt in prompts]
+    n_less = sum(limit < max_new_tokens for limit in limits)
+    if n_less:
+        data.note(f"{n_less} greedy answers end before --max_new_tokens={max_new_tokens}, at the "
+                  f"{n} positions of the model")
+    answers, unfinished = [], []
+    for i, (ids, limit) in enumerate(zip(known or [[]] * len(prompts), limits)):
+        ids = end_at(ids[:limit], stop)
+        answers.append(ids)
+        if len(ids) < limit and not (ids and ids[-1] in stop):
             unfinished.append(i)
     sizes = [len(prompts[i]) + max_new_tokens for i in unfinished]
     mine = {}
@@ -726,9 +763,9 @@ def generate(lm, tokenizer, prompts: list, max_new_tokens: int, proc: Process, m
         for batch in proc.progress(proc.share(data.cut(sizes, max_tokens)), title):
             indices = [unfinished[k] for k in batch]
             begun = [prompts[i] + answers[i] for i in indices]
-            limits = [max_new_tokens - len(answers[i]) for i in indices]
+            rest = [limits[i] - len(answers[i]) for i in indices]
             with proc.autocast():
-                new = continue_prompts(lm, begun, limits, stop, proc, choose, indices)
+                new = continue_prompts(lm, begun, rest, stop, proc, choose, indices)
             mine.update(zip(indices, new))
         for i, ids in proc.merge(mine).items():
             answers[i] = answers[i] + ids

@@ -110,7 +110,8 @@ def choose(how, examples, k, rng):
 def relearn(a, lm, tokenizer, how):
     """Fine-tune on some forget examples (or on benign rows), scored at each epoch."""
     rows = data.read_own(a.c.relearn_data) if a.c.relearn_data else a.bench.forget
-    groups = unlearn.encode_groups(a.c, tokenizer, a.proc, forget=rows)["forget"]
+    c = models.fit(a.c, lm.config)
+    groups = unlearn.encode_groups(c, tokenizer, a.proc, forget=rows)["forget"]
     k = min(len(groups), a.c.examples or max(1, round(a.c.fraction * len(groups))))
     examples = [group[0] for group in groups]
     chosen = choose(how, examples, k, random.Random(f"{a.seed} relearn"))

@@ -571,7 +571,8 @@ def finetune(c, proc, rows, title):
     if run.claim():
         return
     tokenizer = evaluate.load_tokenizer(c.base_model, c)
-    groups = encode_groups(c, tokenizer, proc, forget=rows)
+    fitting = models.fit(c, models.load_config(c.base_model))
+    groups = encode_groups(fitting, tokenizer, proc, forget=rows)
     check_memory(c, proc, c.base_model, groups)
     if models.has_weights(c.base_model):
         lm, _ = evaluate.load(c.base_model, c, proc, tokenizer)
@@ -705,7 +706,8 @@ def fit_to_own_rows(c, given, proc):
 def unlearn(c, proc, run, bench, start):
     """One run, from the target to a scored and saved model."""
     tokenizer = evaluate.load_tokenizer(start, c)
-    groups = encode_groups(c, tokenizer, proc, forget=bench.forget, retain=bench.retain)
+    fitting = models.fit(c, models.load_config(start))
+    groups = encode_groups(fitting, tokenizer, proc, forget=bench.forget, retain=bench.retain)
     steps = n_steps(c, len(groups["forget"]))
     check_memory(c, proc, start, groups)
     if c.plan:

@@ -216,9 +216,9 @@ def test_the_demo_is_always_the_same_and_retain_and_forget_share_no_author():
     vocabulary = written["train_tokenizer"](sets).get_vocab()
     assert vocabulary == demo_tokenizer().get_vocab()
     assert (len(bench.forget), len(bench.retain), len(bench.full)) == (40, 360, 480)
-    rows = bench.forget + bench.retain
-    assert len({row["question"] for row in rows}) == 400
-    for row in rows:
+    assert len(bench.retain_full) == 440
+    assert len({row["question"] for row in bench.forget + bench.retain}) == 400
+    for row in bench.evals["forget"] + bench.evals["retain"]:
         wrong = row["perturbed_answer"]
         assert len(set(wrong)) == 5 and row["paraphrased_answer"] not in wrong
     for row in bench.evals["real_authors"] + bench.evals["world_facts"]:
@@ -260,12 +260,12 @@ def test_files_may_be_json_lines_an_array_or_plain_text(tmp_path):
     ("a.jsonl", b'{"question": "q"}\n', "a.jsonl, row 1: no column 'answer'; it has question"),
     ("a.jsonl", b'{"question": "q", "answer": 3}\n', "row 1: answer must be text, got 3"),
     ("a.jsonl", b'{"question": "q", "answer": "a"}\n{"question": "q"\n',
-     "a.jsonl, line 2: not valid JSON"),
-    ("a.json", b'[{"question": "q", "answer": "a"}', "a.json: not valid JSON"),
-    ("a.jsonl", b'\xff\xfe', "a.jsonl: not UTF-8 at byte 0"),
+     "a.jsonl: cannot be read (Expecting ',' delimiter: line 2"),
+    ("a.json", b'[{"question": "q", "answer": "a"}', "a.json: cannot be read (Expecting"),
+    ("a.jsonl", b'\xff\xfe', "a.jsonl: cannot be read ('utf-8' codec"),
     ("a.jsonl", b'\n\n', "a.jsonl: holds no rows"),
-    ("a.jsonl", b'[1]\n', "row 1: must be an object or a string, got list"),
-    ("a.jsonl", b'{"text": null}\n', "row 1: text must be text, got None"),
+    ("a.jsonl", b'[1]\n', "row 1: must be an object or a string, got int"),
+    ("a.jsonl", b'{"text": "t"}\n{"text": null}\n', "row 2: text must be text, got None"),
 ])
 def test_a_bad_file_is_one_sentence_with_file_row_and_column(tmp_path, name, content, sentence):
     (tmp_path / name).write_bytes(content)

@@ -187,7 +187,7 @@ def as_tofu_log(records, by_index):
 
 def as_open_unlearning_log(records):
     log = {}
-    for short, name in data.OPEN_UNLEARNING_LOG.items():
+    for prefix, name in data.OPEN_UNLEARNING_LOG.items():
         rows = [r for r in records if r["set"] == name]
         columns = {
             "Prob": [{"avg_loss": r["nll"], "prob": 0} for r in rows],
@@ -198,7 +198,7 @@ def as_open_unlearning_log(records):
         if name in ("forget", "retain"):
             columns["PARA_Prob"] = [{"avg_loss": r["paraphrased_nll"]} for r in rows]
         for kind, values in columns.items():
-            log[f"{short}_Q_A_{kind}"] = {"agg_value": 0, "value_by_index": by_index(values)}
+            log[prefix + kind] = {"agg_value": 0, "value_by_index": by_index(values)}
     return log
 
 

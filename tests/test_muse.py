@@ -381,7 +381,7 @@ def test_text_is_the_same_from_txt_json_and_jsonl(tmp_path):
     for folder in "abc":
         rows = data.read_raw(str(tmp_path), f"{folder}/forget")
         assert rows == [{"raw": "One.\nTwo.\n\n\n\nThree."}], folder
-    assert data.read_raw("", str(tmp_path / "a" / "forget.txt"))[0]["raw"].count("\n") == 5
+    assert data.read_raw("", "", str(tmp_path / "a" / "forget.txt"))[0]["raw"].count("\n") == 5
 
 
 def test_split_and_own_data_replace_what_is_trained_on_and_never_what_is_scored(muse, tmp_path):
