@@ -21,7 +21,6 @@ import math
 import os
 import re
 import types
-import unicodedata
 import zlib
 from collections.abc import Callable
 
@@ -82,40 +81,30 @@ def model_utility(scores: dict) -> float:
     return harmonic_mean(list(scores.values()))
 
 
-def is_latin(letter):
-    return unicodedata.name(letter, "").startswith("LATIN")
-
-
-SPACELESS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
-
-
-def unicode_words(text):
-    """Words of letters, marks and digits; of scripts without spaces every character is one."""
-    spaced = ""
-    for character in text.lower():
-        if unicodedata.category(character)[0] not in "LMN":
-            character = " "
-        elif unicodedata.name(character, "").startswith(SPACELESS):
-            character = f" {character} "
-        spaced += character
-    return spaced.split()
+LATIN, LETTER = r"[A-Za-z\u00c0-\u024f\u1e00-\u1eff]", r"[^\W\d_]"
+# Thai and Lao, Burmese, Khmer, Japanese, Chinese: written without spaces
+SPACELESS = ("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+             "\U00020000-\U0003ffff]")
+# of other scripts words, with the vowel signs of Hebrew, Arabic and the scripts of India
+UNICODE_WORD = rf"{SPACELESS}|(?:(?!{SPACELESS})[\w\u0591-\u05c7\u064b-\u065f\u0900-\u0dff])+"
 
 
 @functools.cache
 def make_rouge_scorer(stem, latin):
-    tokenizer = None if latin else types.SimpleNamespace(tokenize=unicode_words)
-    return rouge_scorer.RougeScorer(["rouge1", "rougeL"], stem, tokenizer=tokenizer)
+    words = types.SimpleNamespace(
+        tokenize=lambda text: re.findall(UNICODE_WORD, text.lower()))
+    return rouge_scorer.RougeScorer(["rouge1", "rougeL"], stem, tokenizer=None if latin else words)
 
 
 def rouge(prediction: str, reference: str, stem: bool) -> dict:
     """ROUGE-1 recall, ROUGE-L recall and ROUGE-L F1, each in [0, 1]; 1 = repeats the reference.
 
     TOFU reports L recall, stemmed; MUSE L F1, not stemmed. rouge_score knows the letters a to z
-    only; a reference that is mostly of others is compared by `unicode_words`, not stemmed.
+    only; where most of the reference's are of another script, words of that script are compared, or
+    characters where it has no spaces between words, not stemmed.
     """
-    letters = [is_latin(character) for character in reference if character.isalpha()]
-    scorer = make_rouge_scorer(stem, 2 * sum(letters) >= len(letters))
-    scores = scorer.score(reference, prediction)
+    latin = 2 * len(re.findall(LATIN, reference)) >= len(re.findall(LETTER, reference))
+    scores = make_rouge_scorer(stem, latin).score(reference, prediction)
     return {
         "rouge1_recall": scores["rouge1"].recall,
         "rougeL_recall": scores["rougeL"].recall,
@@ -232,7 +221,7 @@ def composite(scores: dict, retain: dict, target: dict) -> dict:
     a part for fluency too, from a classifier.
     """
     aucs = [[some[key] for key in PRIVACY] for some in (scores, retain, target)]
-    utility_ratio = scores["model_utility"] / target["model_utility"]
+    utility_ratio = scores["model_utility"] / (target["model_utility"] or 1)
     found = {"privacy": privacy(*aucs), "utility_ratio": utility_ratio}
     return found | {"composite": harmonic_mean([scores["memorization"], *found.values()])}
 
@@ -395,13 +384,10 @@ def set_scores(name, rows):
 
     And forget_paraphrased_prob: a paraphrase of the answer, asked for with the same question.
     """
-    nlls = column(rows, "nll")
-    if name in OPTIONS:
-        nlls = [option_nll(row) for row in rows]
-    scores = {f"{name}_prob": np.exp(-np.array(nlls)).mean()}
+    nlls = [option_nll(row) for row in rows] if name in OPTIONS else column(rows, "nll")
+    scores = {f"{name}_prob": mean_prob(nlls)}
     if name == "forget" and all("paraphrased_nll" in row for row in rows):
-        nlls = column(rows, "paraphrased_nll")
-        scores["forget_paraphrased_prob"] = np.exp(-np.array(nlls)).mean()
+        scores["forget_paraphrased_prob"] = mean_prob(column(rows, "paraphrased_nll"))
     if all("rougeL_recall" in row for row in rows):
         scores[f"{name}_rouge"] = np.mean(column(rows, "rougeL_recall"))
     if all("perturbed_nll" in row for row in rows):
@@ -411,6 +397,10 @@ def set_scores(name, rows):
             closeness = np.minimum(ratios, 1 / ratios)
         scores[f"{name}_truth_ratio"] = closeness.mean()
     return scores
+
+
+def mean_prob(nlls):
+    return np.exp(-np.array(nlls)).mean()
 
 
 def option_nll(row):
@@ -485,10 +475,6 @@ def record_texts(lm, tokenizer, bench, c, proc):
 def muse_scores(records, retain_records=None, c=None):
     """In percent; PrivLeak against the retain model's AUC, or the published one of the subset."""
     sets = by_set(records)
-    for name in data.MUSE_SETS:
-        if name not in sets:
-            raise UsageError(f"the records have no {name}: MUSE is scored on "
-                             f"{', '.join(data.MUSE_SETS)}.")
     scores = audit_scores(records, retain_records)
     for name in ("verbmem_f", "knowmem_f", "knowmem_r"):
         scores[name] = 100 * np.mean(column(sets[name], "rougeL_f1"))
@@ -560,10 +546,8 @@ def record_audits(lm, tokenizer, bench, c, proc):
         return [template.encode(row, c.max_length)]
 
     scored = score_rows(lm, sets, encode, c, proc, audit_measures)
-    mine = {}
-    for i in proc.progress(range(proc.rank, len(scored), proc.world), "gradients"):
-        mine[i] = gradient_norm(lm, scored[i][2], proc)
-    norms = proc.merge(mine)
+    mine = proc.progress(range(proc.rank, len(scored), proc.world), "gradients")
+    norms = proc.merge({i: gradient_norm(lm, scored[i][2], proc) for i in mine})
     for i, (record, row, _, [values]) in enumerate(scored):
         logps, correct, mean, variance = values.T
         text = row.get("answer", row.get("text"))
@@ -682,6 +666,13 @@ for arrow, keys in {
 FORGET_SETS = ("forget", "verbmem_f", "knowmem_f")
 
 
+def degenerate(records):
+    """The share of the answers about the forget set that are empty or repeat; None of none."""
+    answers = [record["generated"] for record in records
+               if record["set"] in FORGET_SETS and "generated" in record]
+    return np.mean([*map(is_degenerate, answers)]) if answers else None
+
+
 def evaluate(lm, tokenizer, bench, c, proc, retain_records=None, target_records=None) -> tuple:
     """(scores, records) of a model as it is: the one function behind every number here."""
     with proc.clock.phase("scoring"):
@@ -695,10 +686,7 @@ def evaluate(lm, tokenizer, bench, c, proc, retain_records=None, target_records=
 
 
 def summarize(records: list, retain_records: list | None, c, target_records=None) -> dict:
-    """{score: value} of records, against the retain model's and the target's where given.
-
-    degenerate: the share of answers about the forget set that are empty or repeat themselves.
-    """
+    """{score: value} of records, against the retain model's and the target's where given."""
     for record in records + (retain_records or []):
         name = record["set"]
         if (name in data.MUSE_SETS) != (c.benchmark == "muse") and not name.startswith("audit_"):
@@ -707,12 +695,11 @@ def summarize(records: list, retain_records: list | None, c, target_records=None
     try:
         scores = BENCHMARKS[c.benchmark].scores(records, retain_records, c)
     except KeyError as e:  # of a recorded log
-        raise UsageError(f"not scored as --benchmark={c.benchmark}: a scored example has no {e}; "
-                         "was it recorded so?") from None
-    answers = [record["generated"] for record in records
-               if record["set"] in FORGET_SETS and "generated" in record]
-    if answers:
-        scores["degenerate"] = np.mean([is_degenerate(answer) for answer in answers])
+        raise UsageError(f"not scored as --benchmark={c.benchmark}: the scored examples have no "
+                         f"{e}; were they recorded so?") from None
+    share = degenerate(records)
+    if share is not None:
+        scores["degenerate"] = share
     if target_records and {"memorization", "mia_reference", "model_utility"} <= scores.keys():
         others = [summarize(some, None, c) for some in (retain_records, target_records)]
         scores |= composite(scores, *others)
@@ -993,32 +980,6 @@ def check_not_itself(names, given):
                              "saw the forget set, or none.")
 
 
-def select(key, table, targets):
-    """(labels by a score, best first; sentences: which run is chosen, which better ones are not).
-
-    Best is where the score's arrow points. A run is never chosen if the share of its answers that
-    are degenerate is more than 5 points above its target's.
-    """
-    goal, sentences = ARROWS[key], []
-
-    def badness(label):
-        value = table[label].get(key, math.inf)
-        if goal in "↑↓":
-            return -value if goal == "↑" else value
-        return abs(value - float(goal[1:]))
-
-    ordered = sorted((label for label in table if key in table[label]), key=badness)
-    for label in ordered:
-        share, before = [some.get("degenerate", 0) for some in (table[label], targets[label])]
-        is_chosen = share <= before + 0.05
-        sentences.append(f"{'chosen' if is_chosen else 'not chosen'} by {key} {goal}: {label}; "
-                         f"{share:.0%} of its answers are empty or repeat, "
-                         f"{before:.0%} of its target's")
-        if is_chosen:
-            break
-    return [*ordered, *(label for label in table if label not in ordered)], sentences
-
-
 def compare(runs, logs, proc, path, key=None):
     """Score runs {label: (name, settings)}, each against its own retain model.
 
@@ -1026,15 +987,14 @@ def compare(runs, logs, proc, path, key=None):
     picture <path>.png.
     """
     _, c = next(iter(runs.values()))
-    reads_target = c.model and (c.audits or key)
-    bench = None
+    reads_target, bench = c.model and (c.audits or key), None
     if len(logs) < len(runs) or (c.retain_model and not c.retain_log) or reads_target:
         bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, train=False,
                           holdout=c.audits)
     if BENCHMARKS[c.benchmark].needs_retain and not (c.retain_model or c.retain_log):
         proc.say("No retain model, so no forget quality: it needs --retain_model=MODEL, one that "
                  "never saw the forget set, or --retain_log=LOG, the examples.jsonl of one.")
-    table, samples, retain_models, targets = {}, {}, {}, {}
+    table, samples, retain_models, most = {}, {}, {}, {}
     for label, (name, c) in runs.items():
         retain = retain_reference(c, proc, bench)
         target = reference(c, proc, c.model, bench) if reads_target else None
@@ -1045,7 +1005,7 @@ def compare(runs, logs, proc, path, key=None):
         else:
             _, records = evaluate(*load(name, c, proc), bench, c, proc)
         table[label], samples[label] = summarize(records, retain, c, target), records
-        targets[label] = summarize(target, None, c) if target else {}
+        most[label] = (degenerate(target or []) or 0) + 0.05
         if proc.rank == 0:
             save_scores(c.out, table[label], records)
         if retain:
@@ -1053,13 +1013,12 @@ def compare(runs, logs, proc, path, key=None):
             retain_models[f"retain model {other}"] = summarize(retain, None, c)
     if proc.rank == 0:
         several = len(retain_models) != 1  # each has its own best values
-        retain = {} if several else next(iter(retain_models.values()))
-        sentences = []
+        aims = arrows({} if several else next(iter(retain_models.values())))
+        sentence = ""
         if key:
-            ordered, sentences = select(key, table, targets)
-            table = {label: table[label] for label in ordered}
-        shown = configs.show_tables({"scores": table}, arrows(retain), path)
-        proc.say("\n".join([configs.samples(samples), "", shown, "", *sentences]).rstrip())
+            table, sentence = configs.select(table, key, aims[key], "degenerate", most)
+        shown = configs.show_tables({"scores": table}, aims, path)
+        proc.say(f"{configs.samples(samples)}\n\n{shown}\n\n{sentence}".rstrip())
         if path:
             trajectory(f"{path}.png", {}, table | retain_models, c)
             proc.say(f"\n{path}.png, {path}.md, {path}.csv")

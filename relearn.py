@@ -390,32 +390,28 @@ def report(path, lines, proc, with_spread):
     proc.say(f"\n{text}\n\n{path}.md, {path}.csv")
 
 
-def draw(path, groups):
-    """What is known by epoch, leak_at_k by k: a color a model, a style an attack.
-
-    A line is the mean over seeds, its band their range. Is there a curve to draw?
-    """
+def draw(path, x, groups):
+    """The curves over x: a color a model, a style an attack; the mean and the range over seeds."""
     from matplotlib.figure import Figure
-    groups = {key: curves for key, curves in groups.items() if len(curves[0]) > 1}
-    panels = dict.fromkeys(ATTACKS[attack].x for _, attack in groups)
-    if not panels:
-        return False
-    figure = Figure(figsize=(5 * len(panels) + 3, 4.5), layout="constrained")
-    panels = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]))
+    groups = {key: curves for key, curves in groups.items()
+              if ATTACKS[key[1]].x == x and len(curves[0]) > 1}
+    if not groups:
+        return
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    panel = figure.subplots()
     models, attacks = [list(dict.fromkeys(names)) for names in zip(*groups)]
     for (model, attack), curves in groups.items():
-        x, color = ATTACKS[attack].x, f"C{models.index(model)}"
         y = next(key for key in SHOWN if rest(curves[0][0], key) is not None)
         at = evaluate.column(curves[0], x)
         values = np.array([[rest(row, y) for row in curve] for curve in curves])  # (seeds, points)
-        panels[x].plot(at, values.mean(0), color=color, label=f"{model}, {attack}",
-                       linestyle=("-", "--", ":", "-.")[attacks.index(attack) % 4])
-        panels[x].fill_between(at, values.min(0), values.max(0), color=color, alpha=0.15)
-        panels[x].set(xlabel=x, ylabel=y)
+        color = f"C{models.index(model)}"
+        style = ("-", "--", ":", "-.")[attacks.index(attack) % 4]
+        panel.plot(at, values.mean(0), color=color, linestyle=style, label=f"{model}, {attack}")
+        panel.fill_between(at, values.min(0), values.max(0), color=color, alpha=0.15)
+    panel.set(xlabel=x, ylabel=y)
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path + ".tmp", dpi=150, format="png")
     os.replace(path + ".tmp", path)  # a file that exists is whole
-    return True
 
 
 # ------------------------------------------------------------------------------------------------
@@ -524,7 +520,9 @@ def main(argv):
         if proc.rank == 0:
             path = os.path.join(c.out, "relearn")
             report(path, lines, proc, with_spread=True)
-            proc.say(f"{path}.json{', relearn.png' if draw(f'{path}.png', grouped(rows)) else ''}")
+            draw(f"{path}.png", "epoch", grouped(rows))
+            draw(os.path.join(c.out, "leak.png"), "k", grouped(rows))
+            proc.say(f"{c.out}: relearn.json, and relearn.png and leak.png of curves")
         control = os.path.basename(os.path.normpath(c.retain_model or CONTROL))
         for (model, stage), several in lines.items():
             every[control if model == CONTROL else model, stage] = several

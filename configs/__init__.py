@@ -12,6 +12,7 @@ import csv
 import difflib
 import inspect
 import io
+import itertools
 import math
 import os
 import re
@@ -364,6 +365,33 @@ def over_seeds(rows):
             if len(values) > 1:
                 mean[score] = statistics.mean(values), statistics.stdev(values)
     return means
+
+
+def select(rows, score, arrow, harm, most):
+    """(the table ordered by a score, best first; which row it chooses, in words).
+
+    Best is where the arrow points: up, down, or to the number in it. A row whose score `harm` is
+    above its limit, {name: the most it may be}, is never chosen.
+    """
+    scored = [name for name in rows if score in rows[name]]
+    if not scored:
+        raise UsageError(f"--select={score}: no run has it; there are "
+                         f"{', '.join(next(iter(rows.values())))}.")
+
+    def badness(name):
+        value = rows[name][score]
+        if arrow == "↑":
+            return -value
+        return value if arrow == "↓" else abs(value - float(arrow[1:]))
+
+    scored.sort(key=badness)
+    passed = list(itertools.takewhile(lambda name: rows[name].get(harm, 0) > most[name], scored))
+    chosen = scored[len(passed)] if len(passed) < len(scored) else "no run"
+    sentence = f"--select={score}: {chosen} is chosen, the best by {score} {arrow}"
+    for name in passed:
+        sentence += (f"; never {name}, whose {harm} is {number(rows[name][harm])}, above "
+                     f"{number(most[name])}")
+    return {name: rows[name] for name in [*scored, *rows]}, sentence
 
 
 def number(x):
