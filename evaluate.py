@@ -37,7 +37,7 @@ from rouge_score import rouge_scorer
 import data
 import losses
 import model as models
-from configs import Failure, UsageError, rundir
+from configs import Failure, UsageError, rundir, tables
 
 # ------------------------------------------------------------------------------------------------
 # metrics: pure functions of lists, NumPy arrays or CPU tensors; empty input is a ValueError
@@ -793,38 +793,6 @@ INHERITED = configs.fields(Config).keys() - {
     "model", "device", *configs.fields(Run), *configs.fields(Progress)}
 
 
-def inherit(keys, names, given):
-    """Settings of the first run directory among `names`: it is scored as it was trained.
-
-    keys: those that are taken over; what was given wins.
-    """
-    runs = {name: rundir.read_json(os.path.join(name, "run.json")) for name in names}
-    runs = {name: run for name, run in runs.items() if run}
-    for key in ("benchmark", "template", "system_prompt", "max_length"):
-        values = [str(run.get(key)) for run in runs.values()]
-        if key not in given and len({*values}) > 1:
-            listing = [f"{name}: {key} {value}" for name, value in zip(runs, values)]
-            raise UsageError(f"{', '.join(listing)}; give --{key}= to score all alike.")
-    first = next(iter(runs.values()), {})
-    return {key: first[key] for key in keys if key in first} | given
-
-
-def own_settings(names, c, given):
-    """{label: (name, c with this run's own directory, target and retain model)}.
-
-    Runs of other seeds may have been made from other models.
-    """
-    labels, runs = rundir.name_runs(names), {}
-    for name, label in labels.items():
-        run = rundir.read_json(os.path.join(name, "run.json"))
-        own = {"out": rundir.output_directory(name, labels, given, len(names))}
-        for key in ("model", "retain_model"):
-            if run.get(key) and key not in given:
-                own[key] = run[key]
-        runs[label] = name, dataclasses.replace(c, **own)
-    return runs
-
-
 # ------------------------------------------------------------------------------------------------
 # models, and the records of those that runs are compared with
 
@@ -851,15 +819,6 @@ def load(name: str, c, proc, tokenizer=None) -> tuple:
         raise UsageError(f"{name}: the tokenizer has {len(tokenizer)} entries but the model embeds "
                          f"only {n_embeddings}; give the model's own with --tokenizer=.")
     return lm, tokenizer
-
-
-def save_scores(out, scores, records):
-    write_records(os.path.join(out, "examples.jsonl"), records)
-    rundir.write(os.path.join(out, "scores.json"), json.dumps(scores, indent=1) + "\n")
-
-
-def write_records(path, records):
-    rundir.write(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def reference_path(c, name, bench):
@@ -889,7 +848,7 @@ def reference(c, proc, name: str, bench, loaded: tuple | None = None) -> list:
     _, records = evaluate(*(loaded or load(name, c, proc)), bench, c, proc)
     if proc.rank == 0:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_records(path, records)
+        rundir.write_records(path, records)
     proc.barrier()
     return records
 
@@ -959,7 +918,7 @@ def trajectory(path, curves, points, c):
             scores = scores | {"forget_quality": 1.0}  # the p-value of equal samples
         if label not in curves:
             shown[label] = scores
-    configs.picture(path, curves, shown, x, y)
+    tables.picture(path, curves, shown, x, y)
 
 
 def ask(question, names, c, proc):
@@ -1007,7 +966,7 @@ def compare(runs, logs, proc, path, key=None):
         table[label], samples[label] = summarize(records, retain, c, target), records
         most[label] = (degenerate(target or []) or 0) + 0.05
         if proc.rank == 0:
-            save_scores(c.out, table[label], records)
+            rundir.save_scores(c.out, table[label], records)
         if retain:
             other = os.path.basename(c.retain_log or c.retain_model)
             retain_models[f"retain model {other}"] = summarize(retain, None, c)
@@ -1016,9 +975,9 @@ def compare(runs, logs, proc, path, key=None):
         aims = arrows({} if several else next(iter(retain_models.values())))
         sentence = ""
         if key:
-            table, sentence = configs.select(table, key, aims[key], "degenerate", most)
-        shown = configs.show_tables({"scores": table}, aims, path)
-        proc.say(f"{configs.samples(samples)}\n\n{shown}\n\n{sentence}".rstrip())
+            table, sentence = tables.select(table, key, aims[key], "degenerate", most)
+        shown = tables.show_tables({"scores": table}, aims, path)
+        proc.say(f"{tables.samples(samples)}\n\n{shown}\n\n{sentence}".rstrip())
         if path:
             trajectory(f"{path}.png", {}, table | retain_models, c)
             proc.say(f"\n{path}.png, {path}.md, {path}.csv")
@@ -1033,12 +992,12 @@ def main(argv):
         raise UsageError("name at least one run directory, model or log: python evaluate.py "
                          "out/demo (--help has the details).")
     logs = {name: data.read_log(name) for name in names if name.endswith((".json", ".jsonl"))}
-    c = configs.make(Config, inherit(INHERITED, names, given))
+    c = configs.make(Config, rundir.inherit(INHERITED, names, given))
     check_not_itself(names, given)
     for name in names:
         if name not in logs:
             configs.check_name(name, "model")
-    runs = own_settings(names, c, given)
+    runs = rundir.own_settings(names, c, given)
     for _, own in runs.values():
         if own.retain_model and not own.retain_log:
             configs.check_name(own.retain_model, "retain_model")

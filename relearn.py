@@ -34,7 +34,7 @@ import data
 import evaluate
 import model as models
 import unlearn
-from configs import UsageError, rundir
+from configs import UsageError, rundir, tables
 
 # ------------------------------------------------------------------------------------------------
 # attacks: (a, lm, tokenizer) -> rows of {step, epoch, scores}
@@ -369,14 +369,14 @@ def rest(row, key):
 
 def report(path, lines, proc, with_spread):
     """The tables of a run, or of several: a score by stage; of some attacks their own scores."""
-    tables = {}
+    by_title = {}
 
     def put(title, model, column, values):
         if None not in values:
             value = statistics.mean(values)
             if with_spread and len(values) > 1:
                 value = value, statistics.stdev(values)
-            tables.setdefault(title, {}).setdefault(model, {})[column] = value
+            by_title.setdefault(title, {}).setdefault(model, {})[column] = value
 
     for key in SHOWN:
         title = f"{key} {ARROWS[key]} (after relearning: of the other questions)"
@@ -386,7 +386,7 @@ def report(path, lines, proc, with_spread):
     for (model, stage), several in lines.items():
         for key in ATTACKS[stage].shows if stage in ATTACKS else ():
             put(stage, model, key, [scores.get(key) for scores in several])
-    text = configs.show_tables(tables, ARROWS, path)
+    text = tables.show_tables(by_title, ARROWS, path)
     proc.say(f"\n{text}\n\n{path}.md, {path}.csv")
 
 
@@ -499,8 +499,8 @@ def main(argv):
         key = word.removeprefix("--").partition("=")[0]
         if key in IGNORED:
             raise UsageError(f"{word}: attacks do not read {key}; {IGNORED[key]}.")
-    first = configs.make(Config, evaluate.inherit(INHERITED, names, given) | FIXED)
-    runs = evaluate.own_settings(names, first, given)
+    first = configs.make(Config, rundir.inherit(INHERITED, names, given) | FIXED)
+    runs = rundir.own_settings(names, first, given)
     for name, c in runs.values():
         for setting, model in (("model", name), ("model", c.model),
                                ("retain_model", c.retain_model)):

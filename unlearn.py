@@ -32,7 +32,7 @@ import data
 import evaluate
 import losses
 import model as models
-from configs import Failure, UsageError, rundir
+from configs import Failure, UsageError, rundir, tables
 
 # ------------------------------------------------------------------------------------------------
 # methods: the only place where a name meets tensors and settings
@@ -653,7 +653,7 @@ class Trajectory:
                 models.save_model(
                     self.lm, self.tokenizer, path, self.proc, self.c.save_dtype)
         headline = evaluate.BENCHMARKS[self.c.benchmark].headline
-        shown = [f"{k} {configs.number(v)}" for k, v in scores.items() if k in headline]
+        shown = [f"{k} {tables.number(v)}" for k, v in scores.items() if k in headline]
         self.proc.say(f"epoch {epoch:g}: {', '.join(shown)}")
         return scores
 
@@ -668,12 +668,12 @@ class Trajectory:
         retain = {}
         if self.retain:
             retain = table["retain model"] = evaluate.summarize(self.retain, self.retain, c)
-        evaluate.save_scores(c.out, self.scores, self.records)
+        rundir.save_scores(c.out, self.scores, self.records)
         scored = [row for row in rows if "loss" not in row]
         picture = os.path.join(c.out, "trajectory.png")
         evaluate.trajectory(picture, {label: scored}, table, c)
-        samples = configs.samples({"before": self.target, "after": self.records})
-        text = samples + "\n\n" + configs.table(table, evaluate.arrows(retain))
+        samples = tables.samples({"before": self.target, "after": self.records})
+        text = samples + "\n\n" + tables.table(table, evaluate.arrows(retain))
         rundir.write(os.path.join(c.out, "table.txt"), text + "\n")
         self.proc.say(f"{text}\n\n{c.out}: model, scores.json, examples.jsonl, log.jsonl, "
                       "trajectory.png")

@@ -12,6 +12,7 @@ A file is replaced whole or not at all, so a run can be killed at any moment and
 """
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import inspect
@@ -459,6 +460,38 @@ def name_runs(names):
     return labels
 
 
+def inherit(keys, names, given):
+    """Settings of the first run directory among `names`: it is scored as it was trained.
+
+    keys: those that are taken over; what was given wins.
+    """
+    runs = {name: read_json(os.path.join(name, "run.json")) for name in names}
+    runs = {name: run for name, run in runs.items() if run}
+    for key in ("benchmark", "template", "system_prompt", "max_length"):
+        values = [str(run.get(key)) for run in runs.values()]
+        if key not in given and len({*values}) > 1:
+            listing = [f"{name}: {key} {value}" for name, value in zip(runs, values)]
+            raise UsageError(f"{', '.join(listing)}; give --{key}= to score all alike.")
+    first = next(iter(runs.values()), {})
+    return {key: first[key] for key in keys if key in first} | given
+
+
+def own_settings(names, c, given):
+    """{label: (name, c with this run's own directory, target and retain model)}.
+
+    Runs of other seeds may have been made from other models.
+    """
+    labels, runs = name_runs(names), {}
+    for name, label in labels.items():
+        run = read_json(os.path.join(name, "run.json"))
+        own = {"out": output_directory(name, labels, given, len(names))}
+        for key in ("model", "retain_model"):
+            if run.get(key) and key not in given:
+                own[key] = run[key]
+        runs[label] = name, dataclasses.replace(c, **own)
+    return runs
+
+
 def output_directory(name, labels, given, n_models):
     """Where a model's scores go: into its own run directory, else out/<label>; or below --out."""
     out = f"out/{labels[name]}"
@@ -470,6 +503,15 @@ def output_directory(name, labels, given, n_models):
         raise UsageError(f"{name}: its scores would go to {out}, which holds a run; give "
                          "--out=DIR.")
     return out
+
+
+def save_scores(out, scores, records):
+    write_records(os.path.join(out, "examples.jsonl"), records)
+    write(os.path.join(out, "scores.json"), json.dumps(scores, indent=1) + "\n")
+
+
+def write_records(path, records):
+    write(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ import evaluate  # noqa: E402
 import model as models  # noqa: E402
 import relearn  # noqa: E402
 import unlearn  # noqa: E402
+from configs import rundir  # noqa: E402
 
 MODELS = ("target", "retain", "run")  # in the order they are made; below out/
 TIMING = ("tokens_per_s", "memory_gb", "seconds")
@@ -544,7 +545,7 @@ class Bench:
         put(self.root / "model" / "run.json", dataclasses.asdict(c) | {"finished": True}, rng)
         name = str(self.root / "model")
         models.load_model(name, PROC)
-        configs.make(evaluate.Config, evaluate.inherit(evaluate.INHERITED, [name], {}))
+        configs.make(evaluate.Config, rundir.inherit(evaluate.INHERITED, [name], {}))
 
 
 def try_case(kind, rng):

@@ -39,7 +39,7 @@ import configs  # noqa: E402
 import data  # noqa: E402
 import model as models  # noqa: E402
 import unlearn  # noqa: E402
-from configs import rundir  # noqa: E402
+from configs import rundir, tables  # noqa: E402
 
 # dense bfloat16 FLOP/s, from the data sheets
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
@@ -246,7 +246,7 @@ def demo(a, sizes, proc):
         seconds = time.perf_counter() - began
     rows = []
     for key in scores["cpu"]:
-        rows.append([key, *[configs.number(column[key]) for column in scores.values()]])
+        rows.append([key, *[tables.number(column[key]) for column in scores.values()]])
     return [f"Side by side in {seconds:.0f} s.", "", *table(["score", *scores], rows)]
 
 

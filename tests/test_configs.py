@@ -21,7 +21,7 @@ import configs
 import evaluate
 import relearn
 import unlearn
-from configs import Failure, UsageError, rundir
+from configs import Failure, UsageError, rundir, tables
 
 MODULES = ("__init__.py", "rundir.py")
 FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name not in MODULES)
@@ -316,7 +316,7 @@ def drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig",
                         lambda figure, path, **_: [figures.append(figure), Path(path).touch()])
     points = {"target": CURVE[0], "retain model": {"model_utility": 0.75, "forget_quality": 1.0}}
-    configs.picture(str(tmp_path / "a.png"), {"mine": CURVE}, points, "model_utility",
+    tables.picture(str(tmp_path / "a.png"), {"mine": CURVE}, points, "model_utility",
                     "forget_quality")
     return figures[0]
 
@@ -339,7 +339,7 @@ def test_the_last_epoch_is_written_beside_its_own_point_with_a_line_to_it(drawn)
 
 def test_a_picture_is_a_file_that_is_whole(tmp_path):
     path = tmp_path / "a.png"
-    configs.picture(str(path), {"mine": CURVE, "none": []}, {}, "epoch", "model_utility")
+    tables.picture(str(path), {"mine": CURVE, "none": []}, {}, "epoch", "model_utility")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 

@@ -23,7 +23,7 @@ import data
 import evaluate
 import model as models
 import unlearn
-from configs import UsageError
+from configs import UsageError, tables
 
 SETS = ("forget", "retain", "real_authors", "world_facts")
 KEYS = {"forget_quality", "model_utility"} | {
@@ -558,7 +558,7 @@ def test_without_a_holdout_the_membership_scores_are_left_out_and_training_never
 @pytest.fixture
 def drawn(monkeypatch):
     """{path: (points, x, y)} of every picture."""
-    drawn, picture = {}, configs.picture
+    drawn, picture = {}, tables.picture
 
     def record(path, curves, points, x, y):
         drawn[path] = points, x, y
