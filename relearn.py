@@ -408,7 +408,7 @@ def draw(path, x, groups):
         style = ("-", "--", ":", "-.")[attacks.index(attack) % 4]
         panel.plot(at, values.mean(0), color=color, linestyle=style, label=f"{model}, {attack}")
         panel.fill_between(at, values.min(0), values.max(0), color=color, alpha=0.15)
-    panel.set(xlabel=x, ylabel=y)
+    panel.set(xlabel=x, ylabel=y, xscale="log" if x == "k" else "linear")
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path + ".tmp", dpi=150, format="png")
     os.replace(path + ".tmp", path)  # a file that exists is whole

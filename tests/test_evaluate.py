@@ -16,6 +16,7 @@ import scipy.stats
 import torch
 import transformers
 from conftest import PROC, SHARED, flags, needs_shared, run_script
+from rouge_score import rouge_scorer
 from safetensors.torch import load_file, save_file
 
 import configs
@@ -26,7 +27,7 @@ import unlearn
 from configs import UsageError, tables
 
 SETS = ("forget", "retain", "real_authors", "world_facts")
-KEYS = {"forget_quality", "model_utility"} | {
+KEYS = {"forget_quality", "model_utility", "forget_paraphrased_prob", "degenerate"} | {
     f"{name}_{score}" for name in SETS for score in ("prob", "rouge", "truth_ratio")}
 
 
@@ -132,6 +133,9 @@ def test_memorization_and_extraction_of_hand_made_answers():
     (evaluate.truth_ratio, ([], [])),
     (evaluate.forget_quality, ([], [1.0])),
     (evaluate.model_utility, ({},)),
+    (evaluate.expected_maximum, ([], 1)),
+    (evaluate.memorization, ([],)),
+    (evaluate.privacy, ([], [], [])),
     (evaluate.min_k, ([],)),
     (evaluate.auc, ([1.0], [])),
     (evaluate.exact_memorization, ([],)),
@@ -140,6 +144,89 @@ def test_memorization_and_extraction_of_hand_made_answers():
 def test_a_metric_of_nothing_is_an_error(metric, arguments):
     with pytest.raises(ValueError):
         metric(*arguments)
+
+
+def test_a_reference_in_another_script_is_compared_by_its_own_words_or_characters():
+    lamp = "她住在海边的一座白塔里。"
+    assert evaluate.rouge(lamp, lamp, True)["rougeL_recall"] == 1
+    assert evaluate.rouge("她住在山上", lamp, True)["rougeL_recall"] == pytest.approx(3 / 11)
+    assert evaluate.rouge("В Минске", "в Москве", True)["rougeL_recall"] == 0.5
+    assert evaluate.rouge("हिन्दी में", "हिन्दी में उत्तर", True)["rougeL_recall"] == pytest.approx(2 / 3)
+    assert evaluate.rouge("กรุงเทพ", "กรุงเทพ", False)["rougeL_f1"] == 1
+    assert evaluate.rouge("Paris", lamp, True)["rougeL_recall"] == 0
+
+
+@pytest.mark.parametrize("reference", [
+    "The cats sat in 1990.", "Le café de l'été", "",
+    'The title "Лісова пісня" means Forest Song in English'])
+def test_for_mostly_latin_text_rouge_is_rouge_scores_own_to_the_last_digit(reference):
+    prediction = "The cat, le café, and the title in 1990"
+    for stem in (True, False):
+        scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=stem)
+        theirs = scorer.score(reference, prediction)
+        assert evaluate.rouge(prediction, reference, stem) == {
+            "rouge1_recall": theirs["rouge1"].recall,
+            "rougeL_recall": theirs["rougeL"].recall,
+            "rougeL_f1": theirs["rougeL"].fmeasure,
+        }
+
+
+@pytest.mark.parametrize("answer, expected", [
+    ("", True), ("  \n", True),
+    ("Basil", False), ("Basil Basil Basil", False),  # no 4-gram twice
+    ("Basil " * 7, True),  # four 4-grams, one of them distinct
+    ("a b c d " * 2, False),  # five, four distinct
+    ("the tin moon " * 4, False),  # nine, three distinct: exactly a third
+    ("the tin moon " * 4 + "the", True),  # ten, three distinct
+    ("她住在海边的一座白塔里", False), ("哈" * 9, True),  # no spaces: characters
+])
+def test_an_answer_is_degenerate_if_it_is_empty_or_few_of_its_4_grams_are_distinct(
+        answer, expected):
+    assert evaluate.is_degenerate(answer) == expected
+
+
+def test_memorization_is_the_harmonic_mean_of_what_is_not_revealed():
+    assert evaluate.memorization([0.5, 0.0, 0.75, 0.5]) == pytest.approx(4 / (2 + 1 + 4 + 2))
+    assert evaluate.memorization([0.5, 1.0]) == 0
+
+
+def test_privacy_is_one_at_the_retain_models_aucs_and_zero_as_far_off_as_the_target():
+    retain, target = [0.5, 0.4], [1.0, 0.8]
+    assert evaluate.privacy(retain, retain, target) == 1
+    assert evaluate.privacy(target, retain, target) == 0
+    assert evaluate.privacy([0.0, 0.4], retain, target) == 0  # too low is as bad
+    # halfway by one attack, a quarter by the other: 1/2 and 3/4
+    assert evaluate.privacy([0.75, 0.3], retain, target) == pytest.approx(2 / (2 + 4 / 3))
+    assert evaluate.privacy([0.5], [0.5], [0.5]) == 1  # nothing to tell, and nothing told
+
+
+def test_the_composite_is_the_harmonic_mean_of_its_three_parts():
+    aucs = dict.fromkeys(evaluate.PRIVACY, 0.75)
+    retain, target = (dict.fromkeys(evaluate.PRIVACY, auc) for auc in (0.5, 1.0))
+    scores = aucs | {"memorization": 0.25, "model_utility": 0.6}
+    found = evaluate.composite(scores, retain, target | {"model_utility": 0.8})
+    assert found["privacy"] == pytest.approx(0.5)
+    assert found["utility_ratio"] == pytest.approx(0.75)
+    assert found["composite"] == pytest.approx(3 / (4 + 2 + 4 / 3))
+    # a target of no utility
+    assert evaluate.composite(scores, retain, target | {"model_utility": 0.0})["composite"] > 0
+
+
+def test_another_score_of_a_set_does_not_remove_the_utility(monkeypatch):
+    """model_utility is of nine named scores: a forker's tenth leaves it as it is."""
+    rows = []
+    for name in SETS:
+        rows.append({"set": name, "index": 0, "nll": 0.5, "rougeL_recall": 0.5,
+                     "perturbed_nll": [0.7]})
+    before = evaluate.tofu_scores(rows)
+    set_scores = evaluate.set_scores
+    monkeypatch.setattr(evaluate, "set_scores", lambda name, rows:
+                        set_scores(name, rows) | {f"{name}_mine": 0.1})
+    after = evaluate.tofu_scores(rows)
+    assert "retain_mine" in after
+    assert after["model_utility"] == before["model_utility"] > 0
+    assert "retain_mine" not in evaluate.ARROWS
+    assert configs.cells({"run": {"retain_mine": 0.1}}, evaluate.ARROWS)[0] == ["", "retain_mine"]
 
 
 def test_every_score_has_an_arrow():
@@ -363,12 +450,12 @@ def test_an_answer_that_the_model_would_give_itself_is_not_generated_again(
     bench = data.Benchmark([], [], {"forget": rows})
     seen = []
 
-    def record_known(*args):
+    def record_known(*args, **options):
         seen.extend(args[-1])
-        return generate(*args)
+        return generate(*args, **options)
 
-    def ignore_known(*args):
-        return generate(*args[:-1])
+    def ignore_known(*args, **options):
+        return generate(*args[:-1], **options)
 
     monkeypatch.setattr(models, "generate", record_known)
     records = evaluate.record_qa(lm, tokenizer, bench, c, PROC)
@@ -443,7 +530,7 @@ def test_a_cached_reference_is_of_every_scoring_setting(mini, tmp_path):
 
 @pytest.mark.parametrize("argv, sentence", [
     ([], "name at least one run directory"),
-    (["{target}"], "give --retain_model=MODEL or --retain_log=LOG"),
+    (["{target}", "--select=utility"], "--select=utility: any of forget_quality, model_utility"),
     (["{target}", "--retain_model={target}"], "this is .*target itself"),
     (["out/none", "--retain_model={retain}"], "no such directory"),
     (["{target}", "--retain_model={data}"], "holds no config.json"),
@@ -537,6 +624,20 @@ def test_audits_equal_their_definitions_on_plain_forwards(mini, tmp_path):
         assert scores[f"mia_{key}"] == pytest.approx(np.mean(wins), abs=1e-9), key
     assert "privleak" in scores
 
+    records = records_of(tmp_path)
+    paraphrased = [record["paraphrased_nll"] for record in records if record["set"] == "forget"]
+    probability = np.mean([math.exp(-nll) for nll in paraphrased])
+    assert scores["forget_paraphrased_prob"] == pytest.approx(probability)
+    rows = data.read_rows(str(mini / "data" / "forget05_perturbed.jsonl"))
+    certain = []  # p / (p + p of the wrong answers, their geometric mean)
+    for row in rows:
+        answers = [row["paraphrased_answer"], *row["perturbed_answer"]]
+        nlls = [plain_nll(target, tokenizer, row["question"], answer) for answer in answers]
+        right, wrong = math.exp(-nlls[0]), math.exp(-np.mean(nlls[1:]))
+        certain.append(right / (right + wrong))
+    hidden = [1 - extracted, 1 - memorized, 1 - probability, 1 - np.mean(certain)]
+    assert scores["memorization"] == pytest.approx(4 / sum(1 / v for v in hidden), rel=1e-5)
+
 
 def test_without_a_holdout_the_membership_scores_are_left_out_and_training_never_audits(
         mini, tmp_path):
@@ -545,7 +646,7 @@ def test_without_a_holdout_the_membership_scores_are_left_out_and_training_never
     (folder / "holdout05.jsonl").unlink()
     argv = eval_flags(mini, out=tmp_path / "x", data=folder, audits=True)
     evaluate.main([str(mini / "target"), *argv])
-    memorization = {"exact_memorization", "extraction_strength"}
+    memorization = {"exact_memorization", "extraction_strength", "memorization"}
     assert scores_of(tmp_path / "x").keys() == KEYS | memorization
     unlearn.main(flags(mini, out=tmp_path / "run", eval_every=1, audits=True))
     assert scores_of(tmp_path / "run").keys() == KEYS
@@ -636,6 +737,75 @@ def test_ask_prints_the_answers_side_by_side(mini, capsys):
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 2
     assert lines[0].startswith(str(mini / "target"))
+
+
+def test_a_retain_model_alone_is_scored_without_forget_quality_and_a_line_says_so(
+        mini, tmp_path, capsys):
+    evaluate.main([str(mini / "retain"), *eval_flags(mini, out=tmp_path, retain_model=None)])
+    assert scores_of(tmp_path).keys() == KEYS - {"forget_quality"}
+    assert "No retain model, so no forget quality" in capsys.readouterr().out
+
+
+def select(table, key, **degenerate):
+    """(order, sentence) of a selection in which a target's share is 0.1."""
+    for name, share in degenerate.items():
+        table[name]["degenerate"] = share
+    return configs.select(
+        table, key, evaluate.ARROWS[key], "degenerate", dict.fromkeys(table, 0.1 + 0.05))
+
+
+def test_a_run_is_chosen_where_the_arrow_points_and_never_one_that_babbles():
+    def table():
+        values = {"a": (0.2, 30.0), "b": (0.9, -10.0), "c": (0.5, -40.0)}
+        return {name: {"forget_quality": up, "forget_prob": up, "privleak": zero, "degenerate": 0.0}
+                for name, (up, zero) in values.items()}
+
+    ordered, sentence = select(table(), "forget_quality")
+    assert list(ordered) == ["b", "c", "a"]
+    assert sentence == ("--select=forget_quality: b is chosen, the best by forget_quality ↑")
+    assert list(select(table(), "forget_prob")[0]) == ["a", "c", "b"]
+    assert list(select(table(), "privleak")[0]) == ["b", "a", "c"]  # nearest to 0
+    # 5 points above the target's is allowed, more is not
+    assert "b is chosen" in select(table(), "forget_quality", b=0.15)[1]
+    ordered, sentence = select(table(), "forget_quality", b=0.16)
+    assert list(ordered) == ["b", "c", "a"]
+    assert "c is chosen" in sentence
+    assert "never b, whose degenerate is 0.1600, above 0.1500" in sentence
+    assert "no run is chosen" in select(table(), "forget_quality", a=1.0, b=1.0, c=1.0)[1]
+
+    retain = table() | {"retain": {"forget_prob": 0.1}}  # has no forget quality
+    ordered, sentence = select(retain, "forget_quality")
+    assert list(ordered) == ["b", "c", "a", "retain"]
+    with pytest.raises(UsageError, match="no run has it; there are forget_quality, forget_prob"):
+        select(table(), "composite")
+
+
+def test_select_orders_the_table_by_a_score_and_knows_each_runs_target(mini, tmp_path, capsys):
+    for name, lr in (("still", 1e-9), ("moved", 3e-2)):
+        unlearn.main(flags(mini, out=tmp_path / name, lr=lr, forget_loss="nll", steps=8))
+    capsys.readouterr()
+    evaluate.main([str(tmp_path / "still"), str(tmp_path / "moved"), "--select=forget_prob",
+                   f"--out={tmp_path / 'out'}"])
+    printed = capsys.readouterr().out
+    assert "still is chosen, the best by forget_prob ↓" in printed
+    evaluate.main([str(tmp_path / "still"), str(tmp_path / "moved"), "--audits=True",
+                   "--select=memorization", f"--out={tmp_path / 'out'}"])
+    printed = capsys.readouterr().out
+    assert "--select=memorization" in printed
+    for name in ("still", "moved"):
+        scores = scores_of(tmp_path / "out" / name)
+        assert {"memorization", "privacy", "utility_ratio", "composite"} <= scores.keys()
+    still = scores_of(tmp_path / "out" / "still")
+    assert still["privacy"] == pytest.approx(0, abs=1e-3)  # it is its target
+    target = evaluate.summarize(
+        evaluate_target(mini, tmp_path), None, configs.make(evaluate.Config, {"benchmark": "tofu"}))
+    ratio = still["model_utility"] / (target["model_utility"] or 1)
+    assert still["utility_ratio"] == pytest.approx(ratio, abs=1e-3)
+
+
+def evaluate_target(mini, tmp_path):
+    evaluate.main([str(mini / "target"), *eval_flags(mini, out=tmp_path / "target")])
+    return records_of(tmp_path / "target")
 
 
 def test_the_retain_models_own_log_gets_no_forget_quality(mini, tmp_path):
