@@ -1,6 +1,6 @@
 """One page on a GPU: is it right, what memory and how much time does it take. Not run by pytest.
 
-    python tests/gpu.py --out=page.md              # 25 minutes at most on one H100, no download
+    python tests/gpu.py --out=page.md              # made for 25 minutes of one H100; no download
     python tests/gpu.py --only=memory,speed        # some of the sections
     python tests/gpu.py --small --device=cpu       # every section, tiny models: to try this file
 
@@ -367,28 +367,36 @@ def memory(a, sizes, proc):
     for shape, dtype, settings in cases:
         one = dataclasses.replace(proc, dtype=dtype)
         words = [dtype, *[f"{name}={value}" for name, value in settings.items()]]
+        print(f"  {shape}: {' '.join(words)}", file=sys.stderr, flush=True)
+        settings = settings | {"micro_batch_tokens": sizes.largest(shape)}
+        plan = planned(shape, one, sizes, settings)
         try:
-            rows.append([shape, " ".join(words), *plan_and_peak(shape, one, sizes, settings)])
+            peak = measured(shape, one, sizes, settings)
+            cells = [gb(peak), f"{plan / peak:.2f}"]
         except torch.OutOfMemoryError:
-            rows.append([shape, " ".join(words), "-", "out of memory", "-"])
+            cells = ["out of memory", "-"]
+        rows.append([shape, " ".join(words), gb(plan), *cells])
         empty_cache()
     return table(["model", "settings", "plan GB", "peak GB", "plan / peak"], rows)
 
 
-def plan_and_peak(shape, proc, sizes, settings):
+def planned(shape, proc, sizes, settings):
+    """GB of a step by --plan=True, from the config alone."""
     batch = make_batch(shape, sizes.pairs)
-    budget = {"micro_batch_tokens": sizes.largest(shape)}
     with tempfile.TemporaryDirectory() as path:
         bench.llama(shape).save_pretrained(path)
-        c = settings_of(proc, path, batch, steps=2, **budget, **settings)
+        c = settings_of(proc, path, batch, **settings)
         cuts = data.micro_batches(batch, c.micro_batch_tokens)
         largest = max((groups for _, groups, _ in cuts), key=data.total_tokens)
         with_ref_model = settings.get("retain_loss") == "kl"
-        plan = sum(models.memory_plan(path, c, proc, largest, with_ref_model).values())
+        return sum(models.memory_plan(path, c, proc, largest, with_ref_model).values())
+
+
+def measured(shape, proc, sizes, settings):
+    """Peak GB of two steps, and of all that was before on a CPU."""
     lm = make_model(shape, proc)  # the peak is counted from here
-    train(lm, proc, batch, 2, **budget, **settings)
-    peak = models.memory_gb(proc.device)  # on a CPU of all that was before, too
-    return [gb(plan), gb(peak), f"{plan / peak:.2f}"]
+    train(lm, proc, make_batch(shape, sizes.pairs), 2, **settings)
+    return models.memory_gb(proc.device)
 
 
 def mfu(lm, batch, seconds, proc):

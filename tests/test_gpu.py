@@ -13,8 +13,10 @@ from pathlib import Path
 import gpu
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PROC, ROOT, flags, log_of, run_script
 
+import data
+import model as models
 import unlearn
 
 TORCH = Path(torch.__file__).parent
@@ -138,3 +140,26 @@ def test_a_section_of_the_gpu_page_that_fails_leaves_its_error_and_the_others_go
     assert f"torch {torch.__version__}" in page and page.strip() in capsys.readouterr().out
     with pytest.raises(SystemExit):
         gpu.main(["--device=cpu", "--only=no_such_section"])
+
+
+# ------------------------------------------------------------------------------------------------
+# what the 7B configs set: fsdp, in bfloat16
+
+
+@pytest.mark.parametrize("dtype, of_losses, of_norms", [("fp32", 1e-6, 2e-5), ("bf16", 5e-4, 1e-2)])
+def test_two_sharded_processes_take_one_processs_steps_to_the_rounding_of_their_dtype(
+        mini, tmp_path, dtype, of_losses, of_norms):
+    """In bf16 alone keeps weights and residual stream in fp32; sharded has both in bfloat16."""
+    tokenizer = data.demo_tokenizer()
+    (tmp_path / "tiny").mkdir()
+    models.save_model(models.tiny_llama(tokenizer, PROC, 0), tokenizer, str(tmp_path / "tiny"))
+    run = dict(model=tmp_path / "tiny", dtype=dtype, steps=8, lr=1e-3)
+    unlearn.main(flags(mini, out=tmp_path / "one", **run))
+    done = run_script("unlearn.py", flags(mini, out=tmp_path / "two", parallel="fsdp", **run), 2)
+    if done.returncode and "not supported" in done.stderr and torch.__version__ < "2.8":
+        pytest.skip(f"torch {torch.__version__}: its gloo does not reduce-scatter on a CPU")
+    assert done.returncode == 0, done.stderr
+    for row, other in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        for key in ("loss", "forget_loss", "retain_loss"):
+            assert other[key] == pytest.approx(row[key], rel=of_losses), (key, row["step"])
+        assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=of_norms), row["step"]
