@@ -956,7 +956,7 @@ def compare(runs, logs, proc, path, key=None):
     table, samples, retain_models, most = {}, {}, {}, {}
     for label, (name, c) in runs.items():
         retain = retain_reference(c, proc, bench)
-        target = reference(c, proc, c.model, bench) if reads_target else None
+        target = reference(c, proc, c.model, bench) if reads_target and c.model else None
         if name in logs:
             records = logs[name]
         elif retain and not c.retain_log and same(name, c.retain_model):

@@ -318,3 +318,16 @@ def check_name(name, setting):
         problem = "no such directory, and not a hub id (org/name)"
     if problem:
         raise UsageError(f"--{setting}={name}: {problem}.")
+
+
+# ------------------------------------------------------------------------------------------------
+# numbers
+
+
+def number(x):
+    """A score as tables and messages show it: a number, a (mean, standard deviation) or None."""
+    if x is None:
+        return "-"
+    if isinstance(x, tuple):
+        return f"{number(x[0])} ± {number(x[1])}"
+    return f"{x:.2e}" if 0 < abs(x) < 1e-3 else f"{x:.4f}"

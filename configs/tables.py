@@ -10,7 +10,7 @@ import os
 import re
 import statistics
 
-from configs import UsageError
+from configs import UsageError, number
 from configs.rundir import write
 
 
@@ -76,14 +76,6 @@ def select(rows, score, arrow, harm, most):
         sentence += (f"; never {name}, whose {harm} is {number(rows[name][harm])}, above "
                      f"{number(most[name])}")
     return {name: rows[name] for name in [*scored, *rows]}, sentence
-
-
-def number(x):
-    if x is None:
-        return "-"
-    if isinstance(x, tuple):
-        return f"{number(x[0])} ± {number(x[1])}"
-    return f"{x:.2e}" if 0 < abs(x) < 1e-3 else f"{x:.4f}"
 
 
 def cells(rows, arrows):

@@ -226,7 +226,7 @@ def test_another_score_of_a_set_does_not_remove_the_utility(monkeypatch):
     assert "retain_mine" in after
     assert after["model_utility"] == before["model_utility"] > 0
     assert "retain_mine" not in evaluate.ARROWS
-    assert configs.cells({"run": {"retain_mine": 0.1}}, evaluate.ARROWS)[0] == ["", "retain_mine"]
+    assert tables.cells({"run": {"retain_mine": 0.1}}, evaluate.ARROWS)[0] == ["", "retain_mine"]
 
 
 def test_every_score_has_an_arrow():
@@ -665,7 +665,7 @@ def drawn(monkeypatch):
         drawn[path] = points, x, y
         picture(path, curves, points, x, y)
 
-    monkeypatch.setattr(configs, "picture", record)
+    monkeypatch.setattr(tables, "picture", record)
     return drawn
 
 
@@ -750,7 +750,7 @@ def select(table, key, **degenerate):
     """(order, sentence) of a selection in which a target's share is 0.1."""
     for name, share in degenerate.items():
         table[name]["degenerate"] = share
-    return configs.select(
+    return tables.select(
         table, key, evaluate.ARROWS[key], "degenerate", dict.fromkeys(table, 0.1 + 0.05))
 
 

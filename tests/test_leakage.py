@@ -17,7 +17,7 @@ import evaluate
 import model as models
 import relearn
 import unlearn
-from configs import UsageError
+from configs import UsageError, rundir
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def rows_of(out):
 
 def load(run, **settings):
     """(lm, tokenizer, Attacked) of the run, as relearn.py makes them."""
-    given = evaluate.inherit(relearn.INHERITED, [str(run)], settings) | relearn.FIXED
+    given = rundir.inherit(relearn.INHERITED, [str(run)], settings) | relearn.FIXED
     c = configs.make(relearn.Config, given)
     bench = relearn.load_bench(c)
     lm, tokenizer = evaluate.load(str(run), c, PROC)
