@@ -95,13 +95,13 @@ class Benchmark:
 
 
 KINDS = (".json", ".jsonl", ".csv", ".parquet", ".txt")
-HUB_ID = r"\w[\w.-]*/[\w.-]+(@.+)?"
 NO_SOURCE = "no such directory or file, and not a data set on the hub (org/name)."
 
 
 def is_source(name: str) -> bool:
     """Can rows be read from it: a file, a directory or a hub id?"""
-    return os.path.exists(name) or bool(re.fullmatch(HUB_ID, name)) and not name.endswith(KINDS)
+    is_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+(@.+)?", name) and not name.endswith(KINDS)
+    return is_id or os.path.exists(name)
 
 
 def read_rows(path: str, whole: bool = False) -> list[dict]:
@@ -177,7 +177,8 @@ def note(sentence: str):
 
 OPTIONAL = ("paraphrased_question", "paraphrased_answer", "perturbed_answer", "alternate")
 QA = ("question", "answer")
-ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+ROLES = {"prompt": "user", "instruction": "user", "human": "user",
+         "completion": "assistant", "output": "assistant", "gpt": "assistant"}
 # rows as TRL, Alpaca, chats and ShareGPT have them: read as question and answer
 OTHERS = (("prompt", "completion"), ("instruction", "output"), ("messages",), ("conversations",))
 
@@ -202,17 +203,17 @@ class Turns(str):
 def exchange(row: dict, columns: tuple) -> tuple:
     """(question, answer) of a row of OTHERS: all turns before the assistant's last, and that."""
     turns = []
-    for name, role in zip(columns, ("user", "assistant")):
+    for name in columns:
         told = row[name]
-        turns += [{"role": role, "content": told}] if isinstance(told, str) else told
-    for i, turn in enumerate(turns):
-        role = turn.get("role") or ROLES[turn["from"]]
-        turns[i] = {"role": role, "content": turn.get("content") or turn["value"]}
-    if columns[0] == "instruction" and row.get("input"):
-        turns[0]["content"] += "\n" + row["input"]
+        for turn in [{"role": name, "content": told}] if isinstance(told, str) else told:
+            role = turn.get("role") or turn["from"]
+            turns.append({"role": ROLES.get(role, role),
+                          "content": turn.get("content") or turn["value"]})
     while turns[-1]["role"] != "assistant":
         turns.pop()
     answer = turns.pop()["content"].strip()
+    more = columns[0] == "instruction" and row.get("input")
+    turns[0]["content"] += f"\n{more}" if more else ""
     question = Turns("\n".join(turn["content"] for turn in turns))
     question.turns = turns
     return question, answer
@@ -311,7 +312,7 @@ def read_own(path: str, whole: bool = False) -> list[dict]:
     columns = convention(first) or QA
     found = check_rows(rows, path, columns)
     unread = {*first} - {*columns, *OPTIONAL, "input"}
-    others = f", not as {', '.join(sorted(unread))}" if unread else ""
+    others = f"; not read: {', '.join(sorted(unread))}" if unread else ""
     note(f"{path}: {len(rows)} rows, read as {' and '.join(columns)}{others}")
     return found
 
@@ -714,7 +715,7 @@ class Template:
         special = [token for token in added if added[token].special]
         ids = self.tokenizer(after, add_special_tokens=False)["input_ids"]
         end = next((token for token in ids if token in special), end)
-        return missing if missing.strip() else "", end
+        return missing.rstrip(" "), end  # Llama-2's space is the answer's
 
     def render(self, turns, **options):
         """Render a chat. Without date_string Llama-3's template would print today's date."""
@@ -744,12 +745,11 @@ class Template:
         lead = self.tokenizer.bos_token_id
         if lead is None:  # Qwen has no BOS
             lead = self.tokenizer.eos_token_id
+        ids = tokenize(self.tokenizer, row.get("text", ""))
         if "raw" in row:
             ids = [lead, *tokenize(self.tokenizer, row["raw"], special=False)]
-        else:
-            ids = tokenize(self.tokenizer, row.get("text", ""))
-            if len(ids) <= max_length:
-                return [row]
+        elif len(ids) <= max_length:
+            return [row]
         pieces, size = [], max_length - 1
         for i in range(1, len(ids), size):
             pieces.append([lead if ids[0] == lead else ids[i - 1]] + ids[i:i + size])
@@ -935,14 +935,12 @@ def demo() -> Benchmark:
     A small TOFU; classics and capitals stand for real_authors and world_facts, and both models
     learn them. holdout: 4 more authors that no model sees. configs/demo_rows/make.py made the rows.
     """
-    sets = {}
-    for name in ("forget", "retain", "real_authors", "world_facts", "holdout"):
-        sets[name] = read_rows(os.path.join(CONFIGS, "demo_rows", f"{name}.jsonl"))
-    holdout = sets.pop("holdout")
-    forget, retain = sets["forget"], sets["retain"]
-    others = sets["real_authors"] + sets["world_facts"]
-    evals = sets | {"retain": retain[::3]}
-    return Benchmark(forget, retain, evals, retain + forget + others, retain + others, holdout)
+    names = ("forget", "retain", "real_authors", "world_facts", "holdout")
+    files = [os.path.join(CONFIGS, "demo_rows", f"{name}.jsonl") for name in names]
+    forget, retain, authors, facts, holdout = map(read_rows, files)
+    evals = dict(zip(names, (forget, retain[::3], authors, facts)))
+    full, retain_full = retain + forget + authors + facts, retain + authors + facts
+    return Benchmark(forget, retain, evals, full, retain_full, holdout)
 
 
 # ------------------------------------------------------------------------------------------------
