@@ -216,7 +216,8 @@ def test_an_attack_that_needs_a_column_says_which_is_missing(run, mini, tmp_path
                                  ("sample", "text", "question")):
         with pytest.raises(UsageError, match=f"{attack}: the forget set has no column {column}"):
             relearn.main([str(run), f"--attacks={attack}", "--benchmark=own",
-                          "--subset=rows", f"--forget_data={tmp_path / file}.jsonl", f"--out={tmp_path / 'x'}"])
+                          "--subset=rows",
+                          f"--forget_data={tmp_path / file}.jsonl", f"--out={tmp_path / 'x'}"])
 
 
 # ------------------------------------------------------------------------------------------------
