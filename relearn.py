@@ -378,8 +378,11 @@ def report(path, lines, proc, with_spread):
                 value = value, statistics.stdev(values)
             by_title.setdefault(title, {}).setdefault(model, {})[column] = value
 
+    present = {key for several in lines.values() for scores in several for key in scores}
     for key in SHOWN:
-        title = f"{key} {ARROWS[key]} (after relearning: of the other questions)"
+        title = f"{key} {ARROWS[key]}"
+        if f"unseen_{key}" in present:
+            title += ", after relearning that of the other questions"
         for (model, stage), several in lines.items():
             if stage not in ATTACKS or not ATTACKS[stage].shows:
                 put(title, model, stage, [rest(scores, key) for scores in several])

@@ -178,7 +178,8 @@ def read_rows(muse, name):
 
 def test_target_simnpo_and_retain_model_come_in_the_right_order_on_all_four_scores(muse, run):
     target, simnpo, retain = run["target"], run["run"], run["retain"]
-    assert set(target) == set(simnpo) == set(retain) == set(SCORES)
+    assert set(target) == set(simnpo) == set(retain) == {*SCORES, "degenerate"}
+    assert target["degenerate"] == 0
     assert target["verbmem_f"] > 80 > 75 > max(simnpo["verbmem_f"], retain["verbmem_f"])
     assert target["knowmem_f"] > 60 > 45 > max(simnpo["knowmem_f"], retain["knowmem_f"])
     assert min(target["knowmem_r"], simnpo["knowmem_r"], retain["knowmem_r"]) > 50
@@ -268,7 +269,8 @@ def test_scores_equal_the_definitions_one_prompt_and_text_at_a_time(muse, run):
     auc = holdout_auc(lm, tokenizer, muse)
     auc_retrain = holdout_auc(retrained, tokenizer, muse)
     expected["privleak"] = 100 * (auc - auc_retrain) / auc_retrain
-    assert run["run"] == pytest.approx(expected, abs=1e-4)
+    found = {name: run["run"][name] for name in SCORES}
+    assert found == pytest.approx(expected, abs=1e-4)
 
     # without a retain model the published AUC stands in for it; recorded scores suffice
     for subset, published in (("news", 0.4772), ("books", 0.5393)):
@@ -514,8 +516,24 @@ def test_relearning_follows_the_step_protocol_of_muse(muse, run, monkeypatch, ca
     rows = json.loads((muse / "out" / "attacked" / "relearn.json").read_text())
     assert [(row["attack"], row["step"]) for row in rows] == [
         ("relearn_random", 0), ("relearn_random", 1), ("relearn_random", 2), ("int4", 0)]
-    assert "run, after int4" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "verbmem_f ↓" in printed and "int4" in printed
+    assert "of the other questions" not in printed  # MUSE is scored on all of them
     for row in rows:
         assert "verbmem_f" in row, (row["attack"], row["step"])
     with pytest.raises(UsageError, match="paraphrase: the forget set has no column"):
         relearn.main(["out/run", "--attacks=paraphrase", "--out=out/x"])
+
+
+def test_sampled_answers_are_scored_in_percent_over_questions_and_passages(
+        muse, run, monkeypatch):
+    monkeypatch.chdir(muse)
+    relearn.main(["out/target", "--attacks=sample", "--samples=4", "--temperature=1e-4",
+                  "--out=out/sampled", "--control=False", "--model=None"])
+    *_, row = json.loads((muse / "out" / "sampled" / "relearn.json").read_text())
+    found = []  # nearly greedy: the best of four is the one answer
+    for record in records_of(muse / "out" / "table" / "target"):
+        if record["set"] in ("verbmem_f", "knowmem_f"):
+            found.append(100 * record["rougeL_f1"])
+    assert row["leak_at_1"] == pytest.approx(np.mean(found), abs=1)
+    assert row["leak_at_4"] == pytest.approx(row["leak_at_1"])

@@ -268,8 +268,8 @@ def test_each_of_several_runs_meets_its_own_target_and_retain_model_and_a_contro
 
     # the tables follow from the rows
     tables = read_tables(tmp_path / "relearn.csv")
-    of_rest = " (after relearning: of the other questions)"
-    after, recovered = tables[f"forget_prob ↓{of_rest}"], tables[f"recovered ↓{of_rest}"]
+    of_rest = ", after relearning that of the other questions"
+    after, recovered = tables[f"forget_prob ↓{of_rest}"], tables["recovered ↓"]
     audits = tables["audits"]
     assert after.keys() == {*NAMES, "retain_s0", "retain_s1"}
     relearned = {}
