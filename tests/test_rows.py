@@ -238,7 +238,7 @@ def test_open_unlearnings_muse_log_gives_the_four_scores(tmp_path):
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores == pytest.approx({
         "verbmem_f": 40, "knowmem_f": 30, "knowmem_r": 70,
-        "privleak": 100 * (0.25 - 0.4772) / 0.4772})
+        "privleak": 100 * (0.25 - 0.4772) / 0.4772, "degenerate": 0})
     record = data.read_log(str(path))[0]
     assert record["answer"] == "a" and record["generated"] == "b"
 
@@ -249,7 +249,7 @@ def test_a_muse_log_without_a_metric_says_which_set_is_missing(metric, tmp_path)
     del log[metric]
     path = tmp_path / "MUSE_EVAL.json"
     path.write_text(json.dumps(log))
-    with pytest.raises(UsageError, match="the records have no (knowmem_f|privleak_f)"):
+    with pytest.raises(UsageError, match="the scored examples have no '(knowmem_f|privleak_f)'"):
         evaluate.main([str(path), "--benchmark=muse", f"--out={tmp_path / 'out'}"])
 
 
