@@ -370,25 +370,20 @@ def rest(row, key):
 def report(path, lines, proc, with_spread):
     """The tables of a run, or of several: a score by stage; of some attacks their own scores."""
     by_title = {}
-
-    def put(title, model, column, values):
-        if None not in values:
+    present = {key for several in lines.values() for scores in several for key in scores}
+    for (model, stage), several in lines.items():
+        own = ATTACKS[stage].shows if stage in ATTACKS else ()
+        for key in own or SHOWN:
+            values = [rest(scores, key) for scores in several]
+            if None in values:
+                continue
             value = statistics.mean(values)
             if with_spread and len(values) > 1:
                 value = value, statistics.stdev(values)
+            title, column = (stage, key) if own else (f"{key} {ARROWS[key]}", stage)
+            if f"unseen_{key}" in present and not own:
+                title += ", after relearning that of the other questions"
             by_title.setdefault(title, {}).setdefault(model, {})[column] = value
-
-    present = {key for several in lines.values() for scores in several for key in scores}
-    for key in SHOWN:
-        title = f"{key} {ARROWS[key]}"
-        if f"unseen_{key}" in present:
-            title += ", after relearning that of the other questions"
-        for (model, stage), several in lines.items():
-            if stage not in ATTACKS or not ATTACKS[stage].shows:
-                put(title, model, stage, [rest(scores, key) for scores in several])
-    for (model, stage), several in lines.items():
-        for key in ATTACKS[stage].shows if stage in ATTACKS else ():
-            put(stage, model, key, [scores.get(key) for scores in several])
     text = tables.show_tables(by_title, ARROWS, path)
     proc.say(f"\n{text}\n\n{path}.md, {path}.csv")
 

@@ -21,7 +21,8 @@ SCORES = (
     "forget_prob", "forget_rouge", "forget_quality", "model_utility", "unseen_forget_prob",
     "unseen_forget_rouge", "unseen_forget_quality", "recovered", "exact_memorization",
     "extraction_strength", "mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_pp", "mia_gradnorm",
-    "mia_reference", "privleak")
+    "mia_reference", "privleak", "leak_at_1", "leak_at_4", "leak_at_16", "leak_at_64")
+LEAKS = SCORES[-4:]
 ATTACKS = ("relearn_random", "relearn_shortest")
 NAMES = {
     "simnpo": "SimNPO",
@@ -69,7 +70,7 @@ def collect(out):
     paths = sorted(glob.glob(f"{out}/*_s[0-9]/scores.json"))
     write_lines("runs.jsonl", [collect_run(os.path.dirname(path)) for path in paths])
     attacks = {}
-    for study in ("suite", "matched", "targets"):
+    for study in ("suite", "matched", "targets", "samples"):
         for path in sorted(glob.glob(f"{out}/{study}/*/relearn.json")):
             name = os.path.basename(os.path.dirname(path))
             for row in read(path):
@@ -136,6 +137,19 @@ def draw_panel(panel, rows, attack, score):
         panel.set_ylim(0, 1)
 
 
+def print_leaks(rows):
+    """leak@k and the worst case of each method, mean and standard deviation over seeds."""
+    for method in ("simnpo", "npo", "graddiff", "ga", "idk", "retain"):
+        shown = []
+        for attack, scores in (("sample", LEAKS), ("worst_case", ("forget_prob", "forget_rouge"))):
+            found = [row for row in rows if (row["study"], row["model"][:-3], row["attack"])
+                     == ("samples", method, attack)]
+            for score in scores:
+                values = [row[score] for row in found]
+                shown.append(f"{score} {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}")
+        print(f"{method:<9}", *shown)
+
+
 def main():
     if sys.argv[1:]:
         collect(sys.argv[1])
@@ -148,6 +162,7 @@ def main():
             draw_panel(panels[i, k], rows, attack, score)
     handles, labels = panels[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    print_leaks(rows)
     figure.savefig(os.path.join(HERE, "relearn.png"), dpi=90)
 
 

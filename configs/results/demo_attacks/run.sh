@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What survives an unlearned model, on the demo: five methods, three seeds, every attack; then SimNPO against NPO from the same start.
-# From the project's root: bash configs/results/demo_attacks/run.sh [PYTHON]. About eight minutes of one CPU core; skips what is done.
+# What survives an unlearned model, on the demo: five methods, three seeds, every attack, sampled answers; then SimNPO against NPO from the same start.
+# From the project's root: bash configs/results/demo_attacks/run.sh [PYTHON]. About twelve minutes of one CPU core; skips what is done.
 set -u
 python=${1:-.venv/bin/python}
 here=configs/results/demo_attacks
@@ -41,6 +41,9 @@ suite=relearn_random,relearn_shortest,relearn_longest,int8,int4,nf4,fp4,paraphra
   --out=$out/suite || exit 1
 [ -f $out/matched/relearn.csv ] || $python relearn.py $out/{simnpo,npo_matched}_s[0-2] --attacks=relearn_random,relearn_shortest \
   --seeds=0,1,2 --out=$out/matched || exit 1
+# what 64 sampled answers and two other prompts give away: leak@k and the worst case
+[ -f $out/samples/relearn.csv ] || $python relearn.py $out/{simnpo,npo,graddiff,ga,idk}_s[0-2] --attacks=sample,worst_case \
+  --out=$out/samples || exit 1
 for seed in 0 1 2; do  # what the targets, before unlearning, say when asked otherwise, and how well they betray their members
   [ -f $out/targets/target_s$seed/relearn.json ] || $python relearn.py $out/target_s$seed --model=$out/target_s$seed \
     --retain_model=$out/retain_s$seed --attacks=paraphrase,audits --control=False --out=$out/targets/target_s$seed || exit 1
