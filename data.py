@@ -164,6 +164,9 @@ def read_text(path):
     try:
         with open(path, encoding="utf-8-sig") as f:  # -sig: drop the byte order mark of Windows
             return f.read()
+    except UnicodeDecodeError as e:
+        message = f"{path}: not UTF-8 at byte {e.start}; save the file as UTF-8."
+        raise UsageError(message) from None
     except OSError as e:
         raise UsageError(f"{path}: cannot be read ({e.strerror}).") from None
 

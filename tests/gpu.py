@@ -34,6 +34,7 @@ import bench  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
+from conftest import demo_tokenizer, tiny_llama  # noqa: E402
 
 import configs  # noqa: E402
 import data  # noqa: E402
@@ -310,8 +311,8 @@ def resume(a, sizes, proc):
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder, "start")
         start.mkdir()
-        tokenizer = data.demo_tokenizer()
-        lm = models.tiny_llama(tokenizer, models.Process(0, 1, CPU), 0, sizes.hidden, heads=4)
+        tokenizer = demo_tokenizer()
+        lm = tiny_llama(tokenizer, 0, sizes.hidden, heads=4)
         models.save_model(lm, tokenizer, str(start))
         bench_rows = data.demo()
         for name, rows in (("forget", bench_rows.forget), ("retain", bench_rows.retain)):

@@ -262,7 +262,7 @@ def test_files_may_be_json_lines_an_array_or_plain_text(tmp_path):
     ("a.jsonl", b'{"question": "q", "answer": "a"}\n{"question": "q"\n',
      "a.jsonl: cannot be read (Expecting ',' delimiter: line 2"),
     ("a.json", b'[{"question": "q", "answer": "a"}', "a.json: cannot be read (Expecting"),
-    ("a.jsonl", b'\xff\xfe', "a.jsonl: cannot be read ('utf-8' codec"),
+    ("a.jsonl", b'\xff\xfe', "a.jsonl: not UTF-8 at byte 0"),
     ("a.jsonl", b'\n\n', "a.jsonl: holds no rows"),
     ("a.jsonl", b'[1]\n', "row 1: must be an object or a string, got int"),
     ("a.jsonl", b'{"text": "t"}\n{"text": null}\n', "row 2: text must be text, got None"),

@@ -450,7 +450,7 @@ def test_an_out_that_cannot_be_written_is_a_sentence_before_any_model_is_loaded(
     (dict(max_length=2), "no forget row is left"),
     (dict(batch_size=99, steps=None, epochs=1), "0 optimizer steps"),
     (dict(forget_loss="rmu", retain_loss="rmu", steering_layer=7), "it must be below the last"),
-    (dict(model="out/t", base_model="tiny", finetune_epochs=0.1), "0 optimizer steps"),
+    (dict(model="out/t", base_model="tiny_llama", finetune_epochs=0.1), "0 optimizer steps"),
 ])
 def test_a_run_that_is_refused_leaves_nothing(mini, tmp_path, monkeypatch, settings, sentence):
     """Neither its directory nor one of those above it."""

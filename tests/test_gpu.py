@@ -13,9 +13,8 @@ from pathlib import Path
 import gpu
 import pytest
 import torch
-from conftest import PROC, ROOT, flags, log_of, run_script
+from conftest import ROOT, demo_tokenizer, flags, log_of, run_script, tiny_llama
 
-import data
 import model as models
 import unlearn
 
@@ -150,9 +149,9 @@ def test_a_section_of_the_gpu_page_that_fails_leaves_its_error_and_the_others_go
 def test_two_sharded_processes_take_one_processs_steps_to_the_rounding_of_their_dtype(
         mini, tmp_path, dtype, of_losses, of_norms):
     """In bf16 alone keeps weights and residual stream in fp32; sharded has both in bfloat16."""
-    tokenizer = data.demo_tokenizer()
+    tokenizer = demo_tokenizer()
     (tmp_path / "tiny").mkdir()
-    models.save_model(models.tiny_llama(tokenizer, PROC, 0), tokenizer, str(tmp_path / "tiny"))
+    models.save_model(tiny_llama(tokenizer), tokenizer, str(tmp_path / "tiny"))
     run = dict(model=tmp_path / "tiny", dtype=dtype, steps=8, lr=1e-3)
     unlearn.main(flags(mini, out=tmp_path / "one", **run))
     done = run_script("unlearn.py", flags(mini, out=tmp_path / "two", parallel="fsdp", **run), 2)

@@ -102,7 +102,7 @@ def test_what_is_neither_a_file_nor_a_hub_id_is_refused_before_anything_is_read(
     ("a.json", '{"question": ["a", "b"], "answer": ["c"]}', "cannot be read (zip() argument 2"),
     ("a.json", '{"question": "q"}', "row 1: no column 'answer'; it has question"),
     ("a.json", '{"data": []}', "holds no rows"),
-    ("a.txt", b"\xff", "cannot be read ('utf-8' codec can't decode byte 0xff"),
+    ("a.txt", b"\xff", "not UTF-8 at byte 0; save the file as UTF-8"),
     ("a.parquet", "no parquet", "rows are read from .json, .jsonl, .csv, .parquet, .txt"),
 ])
 def test_a_form_that_cannot_be_read_is_one_sentence(name, content, sentence, tmp_path):
