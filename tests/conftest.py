@@ -20,6 +20,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+import data  # noqa: E402
 import model as models  # noqa: E402
 import unlearn  # noqa: E402
 
@@ -28,6 +29,13 @@ PROC = models.Process(0, 1, torch.device("cpu"))
 SHARED = ROOT.parent / "shared"
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason="needs the real TOFU data and logs, which are not in this repo")
+
+
+@pytest.fixture(autouse=True)
+def sentences_are_said_anew():
+    """A sentence that is said once is said once per test."""
+    data.note.cache_clear()
+
 
 WORDS = ("amber boat cedar dune ember fjord grove harbor island jade knoll lagoon maple north "
          "ocean pearl quartz river").split()
