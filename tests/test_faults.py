@@ -115,7 +115,16 @@ def test_ctrl_c_finishes_the_step_saves_and_exits_with_130(mini, tmp_path, whole
     assert_same_run(whole, tmp_path / "a")
 
 
-def test_a_second_ctrl_c_acts_at_once_and_the_handlers_are_restored(tmp_path):
+@pytest.fixture
+def python_handles_ctrl_c():
+    """A shell's background job ignores SIGINT, and so would its tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_acts_at_once_and_the_handlers_are_restored(
+        tmp_path, python_handles_ctrl_c):
     c = configs.make(unlearn.Config, {"out": str(tmp_path)})
     run = rundir.RunDirectory(c, PROC)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)

@@ -529,7 +529,7 @@ def test_sampled_answers_are_scored_in_percent_over_questions_and_passages(
         muse, run, monkeypatch):
     monkeypatch.chdir(muse)
     relearn.main(["out/target", "--attacks=sample", "--samples=4", "--temperature=1e-4",
-                  "--out=out/sampled", "--control=False", "--model=None"])
+                  "--out=out/sampled", "--control=False", "--model=None", "--max_new_tokens=24"])
     *_, row = json.loads((muse / "out" / "sampled" / "relearn.json").read_text())
     found = []  # nearly greedy: the best of four is the one answer
     for record in records_of(muse / "out" / "table" / "target"):
