@@ -684,7 +684,9 @@ class Template:
         turns = self.turns(question)
         prompt = self.render(turns, add_generation_prompt=True) + self.ends[0]
         whole = self.render([*turns, {"role": "assistant", "content": answer}])
-        return prompt, whole[len(prompt):] if whole.startswith(prompt) else answer
+        if not whole.startswith(prompt):
+            return prompt, answer
+        return prompt, whole[len(prompt):].removeprefix(self.ends[2])
 
     def turns(self, question):
         turns = getattr(question, "turns", None) or [{"role": "user", "content": question}]
@@ -693,18 +695,18 @@ class Template:
         return turns
 
     @functools.cached_property
-    def ends(self) -> tuple[str, int]:
-        """(how a prompt ends that the template leaves open, the id that ends an answer).
+    def ends(self) -> tuple[str, int, str]:
+        """(how a prompt ends that the template leaves open, the id that ends an answer, a thought).
 
-        Both are read off a finished turn. Before its answer stand what the template's generation
+        All are read off a finished turn. Before its answer stands what the template's generation
         prompt lacks, a header or an empty thought; a thought that this prompt opens is closed, so
         that training, scores and greedy answers all begin at the answer. Behind it stands the first
         special token, be it the tokenizer's EOS or not, or the next turn's where it alone parts
-        them.
+        them. With enable_thinking the prompt stays open, and the empty thought is not scored.
         """
         end, mark = self.tokenizer.eos_token_id, "Zurich"
         if self.name != "chat":
-            return "", end
+            return "", end, ""
         turns = self.turns("Where?")
         opened = self.render(turns, add_generation_prompt=True)
         answered = [*turns, {"role": "assistant", "content": mark}]
@@ -718,13 +720,18 @@ class Template:
         special = [token for token in added if added[token].special]
         ids = self.tokenizer(after, add_special_tokens=False)["input_ids"]
         end = next((token for token in ids if token in special), end)
-        return missing.rstrip(" "), end  # Llama-2's space is the answer's
+        if "</" in missing and self.options().get("enable_thinking"):
+            return "", end, missing
+        return missing.rstrip(" "), end, ""  # Llama-2's space is the answer's
+
+    def options(self):
+        """Without date_string Llama-3's template would print today's date."""
+        options = {"date_string": self.date_string, "enable_thinking": False}
+        return options | json.loads(self.chat_template_kwargs or "{}")
 
     def render(self, turns, **options):
-        """Render a chat. Without date_string Llama-3's template would print today's date."""
         try:
-            options |= {"date_string": self.date_string, "enable_thinking": False}
-            options |= json.loads(self.chat_template_kwargs or "{}")
+            options |= self.options()
             return self.tokenizer.apply_chat_template(turns, **options, tokenize=False)
         except Exception as e:  # jinja2 raises many kinds
             raise UsageError(f"the tokenizer's chat template failed ({e}); "

@@ -65,6 +65,19 @@ def test_an_answer_is_its_tokens_and_one_end_of_turn(name, eos):
     assert not example.cut
 
 
+@pytest.mark.parametrize("name", ["a hybrid reasoner", "a thought that the prompt opens"])
+def test_a_model_that_is_to_think_starts_from_the_templates_prompt(name):
+    """A finished turn's empty thought is neither in the prompt nor in what is scored."""
+    tokenizer = chat_tokenizer(TEMPLATES[name])
+    template = chat(tokenizer, chat_template_kwargs='{"enable_thinking": true}')
+    example = template.encode({"question": "Who?", "answer": "It's Ada."}, 500)
+    prompt = template.render(template.turns("Who?"), add_generation_prompt=True)
+    assert "</think>" not in prompt
+    assert tokenizer.decode(example.ids[:example.start]) == prompt
+    assert "think" not in tokenizer.decode(example.ids[example.start:])
+    assert template.prompt_ids("Who?") == example.ids[:example.start]
+
+
 def test_the_next_turns_token_ends_an_answer_where_it_alone_parts_them():
     """As in GLM-4: nothing stands behind an answer but the next <turn>."""
     template = "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}{% endfor %}" + OPEN
@@ -94,7 +107,7 @@ def test_llama_2s_space_before_the_answer_is_the_answers():
     (llama3, "<|eot_id|>"), (qwen, "<|im_end|>"), (llama2, "</s>")])
 def test_known_templates_end_as_their_tokenizers_say(make, end):
     tokenizer = make()
-    assert chat(tokenizer).ends == ("", tokenizer.convert_tokens_to_ids(end))
+    assert chat(tokenizer).ends[:2] == ("", tokenizer.convert_tokens_to_ids(end))
     assert tokenizer.eos_token == end
 
 
