@@ -41,7 +41,7 @@ COMPARED = [  # a run, and what it is compared with
 
 def make_model(folder):
     """Three layers of Llama-2's shape, untied, with weights that make a peaked distribution."""
-    tokenizer = data.demo_tokenizer()
+    tokenizer = models.load_tokenizer("tiny_llama")
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=172, num_hidden_layers=3,
         num_attention_heads=4, max_position_embeddings=4096, tie_word_embeddings=False,
