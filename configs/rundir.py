@@ -38,7 +38,8 @@ from configs import Failure, UsageError
 # a kill between two renames leaves the checkpoint under one of the other names
 CHECKPOINTS = ("checkpoint", "checkpoint.new", "checkpoint.old")
 RESULTS = (r"config\.json|scores\.json|examples\.jsonl|table\.txt|README\.md|trajectory\.png|"
-           r"relearn\.(json|png|md|csv)|leak\.png|model.*\.safetensors.*|epoch_[\d.]+|checkpoint|.*\.\d+\.tmp")
+           r"relearn\.(json|png|md|csv)|leak\.png|model.*\.safetensors.*|epoch_[\d.]+|"
+           r"checkpoint|.*\.\d+\.tmp")
 
 # what `hf upload` and git leave out: the forgotten rows in clear, and what is of no use there
 GITIGNORE = "examples.jsonl\ntable.txt\ncheckpoint*\nrelearn/\n.lock\n*.tmp\n"

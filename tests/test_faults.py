@@ -30,7 +30,7 @@ from configs import Failure, UsageError, rundir, tables
 KEYS = ("step", "epoch", "lr", "loss", "forget_loss", "retain_loss", "grad_norm")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 linux_only = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="processes are found in /proc")
+    not sys.platform.startswith("linux"), reason="processes are found in the proc file system")
 
 
 def weights(out):
@@ -437,7 +437,8 @@ def test_an_out_that_cannot_be_written_is_a_sentence_before_any_model_is_loaded(
         mini, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load_model", None)
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file" / "run", "/proc/run"):  # nobody can write below /proc, not root
+    processes = os.path.join(os.sep, "proc", "run")  # nobody can write there, not even root
+    for out in (tmp_path / "file" / "run", processes):
         with pytest.raises(UsageError, match="cannot be written"):
             unlearn.main(flags(mini, out=out))
         with pytest.raises(UsageError, match="cannot be written"):
