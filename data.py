@@ -666,7 +666,10 @@ def encode(tokenizer, prompt: str, answer: str, max_length=None, special=True,
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How a question is put to a model. name: chat (the tokenizer's own), llama2 or qa."""
+    """How a question is put to a model.
+
+    name: chat (the tokenizer's own), llama2, qa, or none (the question alone, for an attack).
+    """
     name: str
     tokenizer: object
     system_prompt: str = ""
@@ -679,7 +682,7 @@ class Template:
             return f"[INST] {question} [/INST]", answer
         if self.name == "qa":
             return f"Question: {question}\nAnswer:", f" {answer}"
-        if self.name == "none":  # an attack's
+        if self.name == "none":
             return question, f" {answer}"
         turns = self.turns(question)
         prompt = self.render(turns, add_generation_prompt=True) + self.ends[0]

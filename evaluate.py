@@ -525,7 +525,6 @@ def markov_scores(records, retain_records=None, c=None):
 # audits: memorization of the forget set, and membership inference against the holdout set
 
 
-
 def record_audits(lm, tokenizer, bench, c, proc):
     """A record per answer of the forget and the holdout set: MEMORIZATION and MEMBERSHIP.
 
@@ -669,7 +668,7 @@ FORGET_SETS = ("forget", "verbmem_f", "knowmem_f")
 def degenerate(records):
     """The share of the answers about the forget set that are empty or repeat; None of none."""
     answers = [record["generated"] for record in records
-               if record["set"] in FORGET_SETS and "generated" in record]
+               if record["set"] in FORGET_SETS and record.get("generated") is not None]
     return np.mean([*map(is_degenerate, answers)]) if answers else None
 
 
@@ -878,33 +877,6 @@ def arrows(retain_scores):
         if key in retain_scores:
             aims[key] = f"→{retain_scores[key]:.2f}"
     return ARROWS | aims
-
-
-def verdict(scores, records, retain_scores, retain_records):
-    """What a run's scores say in plain words, and what to change."""
-    asked, kept = word_for_word(records)
-    _, kept_by_retain = word_for_word(retain_records)
-    count = f"{kept} of {asked} forget answers are still" if kept else f"None of {asked} answers is"
-    text = f"{count} given word for word"
-    if retain_records:
-        text += f", {kept_by_retain} by the retain model"
-    if kept > kept_by_retain:
-        text += "; raise --lr or --epochs"
-    prob, ideal = scores.get("forget_prob", 1), retain_scores.get("forget_prob", 0)
-    if prob < ideal / 4:
-        text += (f". Over-forgetting: forget_prob {prob:.2g} is far below the retain model's "
-                 f"{ideal:.2g}; lower --lr or --epochs")
-    return f"{text}." if asked else ""
-
-
-def word_for_word(records):
-    """(how many forget questions were asked, how many answers hold the true one)."""
-    asked = kept = 0
-    for record in records or []:
-        if record["set"] in ("forget", "knowmem_f") and "generated" in record:
-            asked += 1
-            kept += record["answer"].strip().lower() in record["generated"].lower()
-    return asked, kept
 
 
 def trajectory(path, curves, points, c):

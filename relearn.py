@@ -520,7 +520,7 @@ def main(argv):
             report(path, lines, proc, with_spread=True)
             draw(f"{path}.png", "epoch", grouped(rows))
             draw(os.path.join(c.out, "leak.png"), "k", grouped(rows))
-            proc.say(f"{c.out}: relearn.json, and relearn.png and leak.png of curves")
+            proc.say(f"{c.out}: relearn.json; curves, if there are any, in relearn.png, leak.png")
         control = os.path.basename(os.path.normpath(c.retain_model or CONTROL))
         for (model, stage), several in lines.items():
             every[control if model == CONTROL else model, stage] = several

@@ -513,6 +513,10 @@ def encode_groups(c, tokenizer, proc, **sets):
     return groups
 
 
+# errors of an architecture that transformers does not build from shapes alone
+UNKNOWN = (AttributeError, RuntimeError, TypeError, ValueError)
+
+
 def check_memory(c, proc, name, groups):
     """Say what memory a step takes, before a weight is loaded. An estimate only: see --plan."""
     terms = loss_terms(c)
@@ -524,7 +528,7 @@ def check_memory(c, proc, name, groups):
     has_reference = any(term.needs == "ref_model" for term in terms.values())
     try:
         needs = models.memory_plan(name, c, proc, largest, has_reference)
-    except (AttributeError, TypeError, ValueError):  # an architecture it does not know
+    except UNKNOWN:
         needs = None
     if needs is None:
         return proc.say(f"{name}: no estimate of memory for this architecture")
@@ -548,6 +552,7 @@ def memory(gb):
 
 # ------------------------------------------------------------------------------------------------
 # fine-tuning base_model into target and retain model
+
 
 def finetune_config(c, path):
     """Settings for fine-tuning base_model into `path`; everything about unlearning is default."""
@@ -677,17 +682,20 @@ class Trajectory:
         rundir.write(os.path.join(c.out, "table.txt"), text + "\n")
         self.proc.say(f"{text}\n\n{c.out}: model, scores.json, examples.jsonl, log.jsonl, "
                       "trajectory.png")
-        self.verdict = evaluate.verdict(self.scores, self.records, retain, self.retain)
+        self.verdict = tables.verdict(self.scores, self.records, retain, self.retain)
 
 
 def fit_to_own_rows(c, given, proc):
     """The settings that own rows need and were not given, by a rule that configs/README.md has.
 
-    Batches of a third of the rows, at least 30 steps, and the shorter ones the larger the model.
+    Batches of a third of the rows, at least 30 steps, a lower learning rate for a larger model.
     """
     n_rows = len(data.read_own(c.forget_data))
     start = c.base_model if rundir.to_be_made(c, c.model) else c.model
-    n_parameters = models.without_weights(start).num_parameters()
+    try:
+        n_parameters = models.without_weights(start).num_parameters()
+    except UNKNOWN:
+        n_parameters = math.inf
     batch_size = given.get("batch_size") or min(max(n_rows // 3, 1), 32)
     lr = 5e-5 if n_parameters < 1e9 else 1e-5
     rule = {

@@ -8,7 +8,7 @@
 # For SimNPO on log-probs, which this file runs, no value and no score is published.
 #
 # Memory, by --plan=True: 29 GB a GPU on eight, which share weights, gradients and AdamW state;
-# on one H200 alone 136 GB, or 124 with --activation_checkpointing=True, a quarter slower.
+# on one H200 alone 136 GB, or 124 with --activation_checkpointing=True, a third more time.
 # While it loads, one process per node holds 27 GB of CPU memory.
 #
 # Sustainability, request after request, each from the model before.

@@ -1,4 +1,4 @@
-"""Tables and pictures: what the scripts print and draw. Needs matplotlib for a picture only.
+"""Tables, pictures, and a run's last words: what the scripts print and draw. Needs matplotlib for a picture only.
 
 A table is {row name: {score: value}}; a value is a number, a (mean, standard deviation), or None
 where the score does not apply.
@@ -147,6 +147,34 @@ def samples(models_records, n=3):
         for name, record in zip(models_records, records):
             lines.append(f"   {name:<12} {record['generated']}")
     return "\n".join(lines)
+
+
+def verdict(scores, records, retain_scores, retain_records):
+    """What a run's scores say in plain words, and what to change."""
+    asked, kept = word_for_word(records)
+    asked_of_retain, kept_by_retain = word_for_word(retain_records)
+    count = f"{kept} of {asked} forget answers are still" if kept else f"None of {asked} answers is"
+    text = f"{count} given word for word"
+    if asked_of_retain:
+        text += f", {kept_by_retain} by the retain model"
+    if kept > kept_by_retain:
+        text += "; raise --lr or --epochs"
+    prob, ideal = scores.get("forget_prob", 1), retain_scores.get("forget_prob", 0)
+    if prob < ideal / 4:
+        text += (f". Over-forgetting: forget_prob {prob:.2g} is far below the retain model's "
+                 f"{ideal:.2g}; lower --lr or --epochs")
+    return f"{text}." if asked else ""
+
+
+def word_for_word(records):
+    """(how many forget questions were asked, how many answers hold the true one)."""
+    asked = kept = 0
+    for record in records or []:
+        true, given = record.get("answer"), record.get("generated")  # a log may lack them
+        if record["set"] in ("forget", "knowmem_f") and None not in (true, given):
+            asked += 1
+            kept += true.strip().lower() in given.lower()
+    return asked, kept
 
 
 def picture(path, curves, points, x, y):

@@ -2,7 +2,7 @@
 # torchrun --nproc_per_node=8 unlearn.py configs/tofu_7b.py
 # forget10: --subset=forget10 --beta=4.5 --retain_weight=0.125
 # Memory, by --plan=True: 19 GB a GPU on eight, which share weights, gradients and AdamW state.
-# On one H200 alone 125 GB with --activation_checkpointing=True, which costs a quarter of the speed.
+# On one H200 alone 125 GB with --activation_checkpointing=True, a third more time.
 # Not run by us: no expected score. Published ones: configs/results/published.md.
 benchmark = "tofu"
 subset = "forget05"

@@ -15,7 +15,7 @@ import configs
 import evaluate
 import model as models
 import unlearn
-from configs import UsageError
+from configs import UsageError, tables
 
 HAS_PEFT = importlib.util.find_spec("peft") is not None
 
@@ -187,6 +187,15 @@ def test_the_learning_rate_for_own_rows_falls_with_the_size_of_the_model(
     assert own_run(mini, tmp_path, 12).lr == lr
 
 
+def test_own_rows_for_an_architecture_whose_size_is_not_known_get_the_smallest_rate(
+        mini, tmp_path, monkeypatch):
+    def unknown(name):
+        raise ValueError("Unrecognized configuration class")
+
+    monkeypatch.setattr(models, "without_weights", unknown)
+    assert own_run(mini, tmp_path, 12).lr == 1e-5
+
+
 def test_the_template_of_own_rows_is_the_tokenizers_own_where_it_has_one():
     tokenizer = demo_tokenizer()
     c = configs.make(evaluate.Config, {"forget_data": __file__})
@@ -207,7 +216,7 @@ def answered(*pairs, name="forget"):
 def test_a_run_ends_with_how_many_answers_are_still_given_and_what_to_change():
     kept = answered(("Red.", "it is red."), ("Blue.", "Green."), ("Two.", ""))
     none = answered(("Red.", "Green."))
-    say = evaluate.verdict
+    say = tables.verdict
     assert say({}, kept, {}, None) == (
         "1 of 3 forget answers are still given word for word; raise --lr or --epochs.")
     assert say({}, none, {}, None) == "None of 1 answers is given word for word."
@@ -218,6 +227,10 @@ def test_a_run_ends_with_how_many_answers_are_still_given_and_what_to_change():
     assert "Over-forgetting: forget_prob 0.02 is far below the retain model's 0.4" in over
     assert "Over" not in say({"forget_prob": 0.2}, none, {"forget_prob": 0.4}, none)
     assert say({}, answered(("a", "a"), name="retain"), {}, None) == ""  # nothing was asked
+    # open-unlearning's logs hold no true answer, and a log's answers may be null
+    log = [{"set": "forget", "nll": 1.0, "generated": "Red."}, *answered(("Red.", None))]
+    assert say({}, none, {}, log) == "None of 1 answers is given word for word."
+    assert evaluate.degenerate(answered(("Red.", None), ("Red.", ""))) == 1
 
 
 def test_the_best_forget_probability_is_the_retain_models():
