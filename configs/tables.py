@@ -1,4 +1,4 @@
-"""Tables, pictures, and a run's last words: what the scripts print and draw. Needs matplotlib for a picture only.
+"""Tables, pictures and a run's last words. Needs matplotlib for a picture only.
 
 A table is {row name: {score: value}}; a value is a number, a (mean, standard deviation), or None
 where the score does not apply.
