@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# The study that README.md beside this file describes. From the project's root:
+#     bash configs/results/tofu_study/run.sh
+# What is done is skipped and a killed run goes on. Several shells may share the work, each with
+# METHODS="simnpo npo" of its own; STAGE=sweep, seeds or attacks does one stage (none: all three).
+#   SIZE=small  ten authors of TOFU; CPU, about twelve hours of one core
+#   SIZE=all    the whole of TOFU with SUBSET=forget10 or forget05; one GPU
+set -eu
+python=${PYTHON:-.venv/bin/python}
+here=$(dirname "$0")
+base=${BASE:-HuggingFaceTB/SmolLM2-135M-Instruct}
+tofu=${TOFU:-locuslab/TOFU}
+methods=${METHODS:-simnpo simnpo_readme npo graddiff idk dpo}
+rates="1.5e-4 5e-5"
+
+if [ "${SIZE:-small}" = all ]; then
+  study=out/study_all data=$tofu subset=${SUBSET:-forget10} epochs=5 dtype=bf16 rows=None
+else
+  study=out/study data=out/study_data subset=forget05 epochs=2 dtype=fp32 rows=40
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  [ -d $data ] || $python $here/study.py data "$tofu" $data
+fi
+task="--data=$data --subset=$subset --template=qa --max_new_tokens=96 --dtype=$dtype"
+models="--model=${study}_target --retain_model=${study}_retain"
+
+flags_of() {
+  case $1 in
+    simnpo) echo --forget_loss=simnpo --beta=2.5 --forget_weight=1 --retain_weight=0.1375 ;;
+    simnpo_readme) echo --forget_loss=simnpo --beta=2.5 --forget_weight=0.1375 --retain_weight=1 ;;
+    npo) echo --forget_loss=npo --beta=0.1 --forget_weight=1 ;;
+    graddiff) echo --forget_loss=ga --forget_weight=1 ;;
+    idk) echo --forget_loss=idk --forget_weight=1 ;;
+    dpo) echo --forget_loss=dpo --beta=0.1 --forget_weight=1 ;;
+  esac
+}
+
+unlearn() {  # method, rate, seed
+  $python unlearn.py configs/tofu_smollm2.py $task $models --base_model="$base" $(flags_of "$1") \
+    --lr="$2" --seed="$3" --epochs=$epochs --batch_size=8 --warmup=0.2 --schedule=constant \
+    --eval_every=$epochs --resume=True --out="${study}_$1_$2_s$3"
+}
+
+chosen() {  # method: the rate that the rule takes; its sentence is kept
+  local choice="${study}_$1.choice" logs=""
+  for rate in $rates; do logs="$logs ${study}_$1_${rate}_s0/examples.jsonl"; done
+  [ -f "$choice" ] || $python evaluate.py $logs $task --benchmark=tofu $models --tokenizer="$base" \
+    --select=forget_quality --out="${study}_$1_choice" | grep -- "--select=" > "$choice"
+  if grep -q "no run is chosen" "$choice"; then
+    echo "${rates##* }"
+  else
+    sed "s/.*: ${study##*/}_$1_\([^_]*\)_s0.* is chosen.*/\1/" "$choice"
+  fi
+}
+
+attack() {  # name, run directories, flags
+  local out="${study}_attacks/$1"; shift
+  [ -f "$out/relearn.csv" ] || $python relearn.py "$@" --lr=5e-5 --fraction=0.2 --batch_size=4 \
+    --epochs=4 --eval_at=20 --eval_rows=$rows --out="$out"
+}
+
+for stage in ${STAGE:-sweep seeds attacks}; do
+  for method in $methods; do
+    if [ $stage = sweep ]; then
+      for rate in $rates; do unlearn $method "$rate" 0; done
+      continue
+    fi
+    run=${study}_${method}_$(chosen $method)
+    if [ $stage = seeds ]; then
+      for seed in 1 2; do unlearn $method "${run##*_}" $seed; done
+    else
+      attack ${method}_samples "$run"_s[0-2] --attacks=sample --samples=16
+      attack ${method}_weights "$run"_s[0-2] --attacks=relearn_shortest,int4,nf4,audits
+      attack ${method}_random "$run"_s0 --attacks=relearn_random --seeds=0,1,2,3,4
+    fi
+  done
+done
