@@ -37,7 +37,7 @@ from rouge_score import rouge_scorer
 import data
 import losses
 import model as models
-from configs import Failure, UsageError, rundir, tables
+from configs import Failure, UsageError, recorded, rundir, tables
 
 # ------------------------------------------------------------------------------------------------
 # metrics: pure functions of lists, NumPy arrays or CPU tensors; empty input is a ValueError
@@ -373,8 +373,8 @@ def tofu_scores(records, retain_records=None, c=None):
         quality = forget_quality(truth_ratios(rows), truth_ratios(retained))
         scores = {"forget_quality": quality} | scores
     scores |= audit_scores(records, retain_records)
-    if {"forget_paraphrased_prob", "forget_truth_ratio", *data.MEMORIZATION} <= scores.keys():
-        revealed = [scores[key] for key in ("forget_paraphrased_prob", *data.MEMORIZATION)]
+    if {"forget_paraphrased_prob", "forget_truth_ratio", *recorded.MEMORIZATION} <= scores.keys():
+        revealed = [scores[key] for key in ("forget_paraphrased_prob", *recorded.MEMORIZATION)]
         scores["memorization"] = memorization([*revealed, np.mean(1 / (1 + truth_ratios(rows)))])
     return scores
 
@@ -579,8 +579,7 @@ def gradient_norm(lm, group, proc):
     """Mean over parameter tensors of the L2 norm of the gradient of the answer's mean NLL."""
     with proc.autocast():
         nll = -models.score(lm, [group], proc.device).token_logps.mean()
-    trained = [p for p in lm.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(nll, trained, allow_unused=True)
+    gradients = torch.autograd.grad(nll, [*lm.parameters()], allow_unused=True)
     norms = [gradient.norm() for gradient in gradients if gradient is not None]
     return float(torch.stack(norms).mean())
 
@@ -590,11 +589,11 @@ def audit_scores(records, retain_records):
     sets = by_set(records)
     forget, holdout = sets.get("audit_forget", []), sets.get("audit_holdout", [])
     scores = {}
-    for key in data.MEMORIZATION if forget else ():
+    for key in recorded.MEMORIZATION if forget else ():
         scores[key] = np.mean(column(sets.get("audit_verbatim", forget), key))
     if not (forget and holdout):
         return scores
-    for key in data.MEMBERSHIP:
+    for key in recorded.MEMBERSHIP:
         scores[f"mia_{key}"] = auc(column(forget, key), column(holdout, key))
 
     retain_nll = {key_of(record): record.get("nll") for record in retain_records or []}
@@ -621,45 +620,30 @@ class Protocol:
     headline: tuple  # the scores that are printed at every epoch
     axes: tuple  # x and y of the trajectory
     settings: dict  # those that were not given
-    needs_retain: bool  # has it no headline score without a retain model?
 
 
 TOFU = Protocol(
     record_qa, tofu_scores,
     headline=("forget_quality", "model_utility", "forget_prob", "forget_rouge"),
     axes=("model_utility", "forget_quality"),
-    settings={"template": "chat", "max_length": 500, "max_new_tokens": 200},
-    needs_retain=True)
+    settings={"template": "chat", "max_length": 500, "max_new_tokens": 200})
 MUSE = Protocol(
     record_muse, muse_scores,
     headline=("verbmem_f", "knowmem_f", "knowmem_r", "privleak"),
     axes=("knowmem_r", "knowmem_f"),
-    settings={"template": "qa", "max_length": 2048, "max_new_tokens": 128},
-    needs_retain=False)
+    settings={"template": "qa", "max_length": 2048, "max_new_tokens": 128})
 MARKOV = Protocol(
     record_markov, markov_scores,
     headline=("retain_kl", "forget1_kl", "forget2_kl"),
     axes=("retain_kl", "forget1_kl"),
-    settings={"template": "qa", "max_length": 20, "max_new_tokens": 200},
-    needs_retain=False)
+    settings={"template": "qa", "max_length": 20, "max_new_tokens": 200})
 OWN = dataclasses.replace(
     TOFU,
     headline=("forget_prob", "forget_rouge", "retain_prob", "retain_rouge"),
     axes=("retain_prob", "forget_prob"),
     # its template: chat, where the tokenizer has one, else qa
-    settings={"max_length": 500, "max_new_tokens": 200},
-    needs_retain=False)
+    settings={"max_length": 500, "max_new_tokens": 200})
 BENCHMARKS = {"demo": TOFU, "tofu": TOFU, "muse": MUSE, "markov": MARKOV, "own": OWN}
-ARROWS = {}  # where better is
-for arrow, keys in {
-    "↑": ("forget_quality", "model_utility", "forget_truth_ratio", *NINE, "knowmem_r",
-          "forget1_kl", "forget2_kl", "memorization", "privacy", "utility_ratio", "composite"),
-    "↓": ("forget_prob", "forget_rouge", "forget_paraphrased_prob", "degenerate", "verbmem_f",
-          "knowmem_f", "retain_kl", *data.MEMORIZATION),
-    "→0.5": [f"mia_{key}" for key in (*data.MEMBERSHIP, "reference")],
-    "→0": ("privleak",),
-}.items():
-    ARROWS |= dict.fromkeys(keys, arrow)
 
 
 FORGET_SETS = ("forget", "verbmem_f", "knowmem_f")
@@ -726,7 +710,7 @@ class Models(configs.Settings):
 
     def problems(self):
         yield from self.check(
-            "retain_log", lambda path: os.path.isfile(path) or path.startswith(data.ON_HUB),
+            "retain_log", lambda path: os.path.isfile(path) or path.startswith(recorded.ON_HUB),
             "no such file, and not dataset:org/name/path.json, a file of a data set on the hub.")
 
 
@@ -749,10 +733,13 @@ class Progress(configs.Settings):
     eval_every: float = 1.0  # epochs between scores; 0 = train only
     eval_at: tuple[int, ...] = ()  # score after these optimizer steps instead
 
+    @property
+    def scored(self) -> bool:
+        return self.eval_every > 0 or bool(self.eval_at)
+
     def problems(self):
         yield from self.check("eval_every", lambda v: v >= 0, "must not be negative.")
-        if min(self.eval_at, default=1) < 1:
-            yield f"--eval_at={','.join(map(str, self.eval_at))}: steps count from 1."
+        yield from self.check("eval_at", lambda at: min(at, default=1) >= 1, "steps count from 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -785,6 +772,10 @@ class Command(Config):
     """what is done with the models"""
     ask: str | None = None  # print every model's greedy answer to it, and score nothing
     select: str | None = None  # order the table by this score, best first, and choose a run
+
+    def problems(self):
+        yield from self.check("select", tables.ARROWS.__contains__,
+                              f"any of {', '.join(tables.ARROWS)}.")
 
 
 # all but what belongs to one run or one machine
@@ -825,8 +816,8 @@ def reference_path(c, name, bench):
 
     That is the weights, the scored rows, the scoring settings.
     """
-    settings = ["template", "system_prompt", "date_string", "max_length", "chat_template_kwargs"]
-    settings += [*configs.fields(Scoring), *configs.fields(models.Precision)]
+    settings = ["template", "system_prompt", "date_string", "max_length", "chat_template_kwargs",
+                *configs.fields(Scoring), *configs.fields(models.Precision)]
     is_local = os.path.isdir(c.tokenizer or "")
     tokenizer = models.fingerprint(c.tokenizer) if is_local else c.tokenizer
     key = [models.fingerprint(name), tokenizer, bench.evals, bench.holdout]
@@ -843,10 +834,9 @@ def reference(c, proc, name: str, bench, loaded: tuple | None = None) -> list:
     # hashing 27 GB takes a minute: rank 0 does it
     path = proc.gather(reference_path(c, name, bench) if proc.rank == 0 else None)[0]
     if all(proc.gather(os.path.isfile(path))):
-        return data.read_log(path)
+        return recorded.read_log(path)
     _, records = evaluate(*(loaded or load(name, c, proc)), bench, c, proc)
     if proc.rank == 0:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         rundir.write_records(path, records)
     proc.barrier()
     return records
@@ -855,14 +845,17 @@ def reference(c, proc, name: str, bench, loaded: tuple | None = None) -> list:
 def retain_reference(c, proc, bench) -> list | None:
     """Records of the retain model, or None where none is named."""
     if c.retain_log:
-        return data.read_log(c.retain_log)
-    return reference(c, proc, c.retain_model, bench) if c.retain_model else None
+        return recorded.read_log(c.retain_log)
+    if c.retain_model:
+        return reference(c, proc, c.retain_model, bench)
+    if BENCHMARKS[c.benchmark] is TOFU and not c.forget_data:
+        data.note("No retain model, so no forget quality: it needs --retain_model=MODEL, one that "
+                  "never saw the forget set, or --retain_log=LOG, the examples.jsonl of one.")
+    return None
 
 
 def same(name, other):
     """Are two names one model, or one log?"""
-    if os.path.isdir(name) and os.path.isdir(other):
-        return models.fingerprint(name) == models.fingerprint(other)
     return os.path.realpath(name) == os.path.realpath(other)
 
 
@@ -870,61 +863,27 @@ def same(name, other):
 # the script
 
 
-def arrows(retain_scores):
-    """ARROWS, where the best value of forget_prob and forget_rouge is the retain model's."""
-    aims = {}
-    for key in ("forget_prob", "forget_rouge"):
-        if key in retain_scores:
-            aims[key] = f"→{retain_scores[key]:.2f}"
-    return ARROWS | aims
-
-
-def trajectory(path, curves, points, c):
-    """Draw forgetting against utility: curves {label: [scores]} and points {label: scores}."""
-    x, y = BENCHMARKS[c.benchmark].axes
-    if not any(x in scores and y in scores for scores in points.values()):
-        x, y = "retain_prob", "forget_prob"  # your own rows, or no retain model
-    shown = {}
-    for label, scores in points.items():
-        if "retain model" in label:
-            scores = scores | {"forget_quality": 1.0}  # the p-value of equal samples
-        if label not in curves:
-            shown[label] = scores
-    tables.picture(path, curves, shown, x, y)
-
-
-def ask(question, names, c, proc):
+def ask(names, c, proc):
     """Print the models' greedy answers side by side."""
     for name in names:
         lm, tokenizer = load(name, c, proc)
         template = make_template(tokenizer, c)
-        answers = models.generate(lm, tokenizer, [template.prompt_ids(question)], c.max_new_tokens,
-                                  proc, 4096, end_id=template.ends[1])
-        proc.say(f"{name}: {answers[0].strip()}")
+        [text] = models.generate(lm, tokenizer, [template.prompt_ids(c.ask)], c.max_new_tokens,
+                                 proc, 4096, end_id=template.ends[1])
+        proc.say(f"{name}: {text.strip()}")
 
 
-def check_not_itself(names, given):
-    for key in ("retain_model", "retain_log"):
-        other = given.get(key)
-        if other and len(names) == 1 and same(names[0], other):
-            raise UsageError(f"--{key}={other}: this is {names[0]} itself; name a model that never "
-                             "saw the forget set, or none.")
-
-
-def compare(runs, logs, proc, path, key=None):
+def compare(runs, logs, proc, path):
     """Score runs {label: (name, settings)}, each against its own retain model.
 
-    Print their table, ordered by the score `key`; it goes to <path>.md and .csv too, with its
+    Print their table, ordered by --select; it goes to <path>.md and .csv too, with its
     picture <path>.png.
     """
     _, c = next(iter(runs.values()))
-    reads_target, bench = c.model and (c.audits or key), None
+    reads_target, bench = c.model and (c.audits or c.select), None
     if len(logs) < len(runs) or (c.retain_model and not c.retain_log) or reads_target:
         bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, train=False,
                           holdout=c.audits)
-    if BENCHMARKS[c.benchmark].needs_retain and not (c.retain_model or c.retain_log):
-        proc.say("No retain model, so no forget quality: it needs --retain_model=MODEL, one that "
-                 "never saw the forget set, or --retain_log=LOG, the examples.jsonl of one.")
     table, samples, retain_models, most = {}, {}, {}, {}
     for label, (name, c) in runs.items():
         retain = retain_reference(c, proc, bench)
@@ -943,46 +902,34 @@ def compare(runs, logs, proc, path, key=None):
             other = os.path.basename(c.retain_log or c.retain_model)
             retain_models[f"retain model {other}"] = summarize(retain, None, c)
     if proc.rank == 0:
-        several = len(retain_models) != 1  # each has its own best values
-        aims = arrows({} if several else next(iter(retain_models.values())))
-        sentence = ""
-        if key:
-            table, sentence = tables.select(table, key, aims[key], "degenerate", most)
+        aims, sentence = tables.arrows(*retain_models.values()), ""
+        if c.select:
+            table, sentence = tables.select(table, c.select, aims[c.select], "degenerate", most)
         shown = tables.show_tables({"scores": table}, aims, path)
         proc.say(f"{tables.samples(samples)}\n\n{shown}\n\n{sentence}".rstrip())
         if path:
-            trajectory(f"{path}.png", {}, table | retain_models, c)
+            axes = BENCHMARKS[c.benchmark].axes
+            tables.picture(f"{path}.png", {}, table | retain_models, *axes)
             proc.say(f"\n{path}.png, {path}.md, {path}.csv")
 
 
 def main(argv):
     given, names = configs.parse(Command, argv, __doc__)
-    question, key = given.pop("ask", None), given.pop("select", None)
-    if key not in (None, *ARROWS):
-        raise UsageError(f"--select={key}: any of {', '.join(ARROWS)}.")
     if not names:
         raise UsageError("name at least one run directory, model or log: python evaluate.py "
                          "out/demo (--help has the details).")
-    logs = {name: data.read_log(name) for name in names if name.endswith((".json", ".jsonl"))}
-    c = configs.make(Config, rundir.inherit(INHERITED, names, given))
-    check_not_itself(names, given)
-    for name in names:
-        if name not in logs:
-            configs.check_name(name, "model")
+    logs = {name: recorded.read_log(name) for name in names if name.endswith((".json", ".jsonl"))}
+    c = configs.make(Command, rundir.inherit(INHERITED, names, given))
     runs = rundir.own_settings(names, c, given)
-    for _, own in runs.values():
-        if own.retain_model and not own.retain_log:
-            configs.check_name(own.retain_model, "retain_model")
-        if own.model and (own.audits or key):
-            configs.check_name(own.model, "model")
+    rundir.check_models(runs, c.audits or c.select)
     proc = setup(c)
-    if question:
-        ask(question, names, c, proc)
+    if c.ask:
+        ask(names, c, proc)
     else:
         for _, own in runs.values():
             rundir.writable(own.out)
         path = os.path.join(given.get("out", "out"), "comparison") if len(names) > 1 else None
-        compare(runs, logs, proc, path, key)
+        compare(runs, logs, proc, path)
     models.cleanup()
 
 

@@ -278,10 +278,9 @@ def load_model(name: str, proc: Process):
         if proc.rank == 0:
             rundir.check_digests(name)
         # ranks take turns: each has the whole model in CPU memory before it is on its GPU
-        turns = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if proc.world > 1 else 1
         limit = None
-        for turn in range(turns):
-            if turn == int(os.environ.get("LOCAL_RANK", 0)) or turns == 1:
+        for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+            if turn == int(os.environ.get("LOCAL_RANK", 0)):
                 lm = from_pretrained(auto, name, dtype=proc.weight_dtype, use_safetensors=True)
                 if getattr(lm, "_hf_peft_config_loaded", False):
                     merge_adapter(lm)
@@ -322,14 +321,14 @@ def forward_only(lm, proc, gather=False):
     gather: keep all weights gathered from one forward (of a token) to the next, where they fit.
     """
     shards = [module for module in lm.modules() if isinstance(module, FSDPModule)]
-    if shards and gather:
+    gather = gather and hasattr(lm, "set_reshard_after_forward")  # FSDP's, not in torch 2.6
+    if gather:
         whole_gb = lm.num_parameters() * (4 if proc.dtype == "fp32" else 2) / 1e9
         gather = 2.5 * whole_gb <= min(proc.gather(capacity_gb(proc)))
-        gather = gather and hasattr(lm, "set_reshard_after_forward")  # not in torch 2.6
-    if shards and gather:
+    if gather:
         lm.set_reshard_after_forward(False)
     yield
-    if shards and gather:
+    if gather:
         lm.set_reshard_after_forward(True)
         lm.set_reshard_after_forward(False, recurse=False)  # the root, as it was
     for module in shards:
@@ -726,11 +725,11 @@ def token_scores(lm, groups: list, proc: Process, max_tokens: int, measure: Call
 # greedy answers
 
 
-def stop_ids(lm, tokenizer) -> list[int]:
+def stop_ids(lm, tokenizer) -> set[int]:
     """Every id that ends an answer: the tokenizer's EOS and those of the generation settings."""
-    more = getattr(lm.generation_config, "eos_token_id", None)
-    more = more if isinstance(more, (list, tuple)) else [more]
-    return sorted({tokenizer.eos_token_id, *more} - {None})
+    more = lm.generation_config.eos_token_id
+    more = more if isinstance(more, list) else [more]
+    return {tokenizer.eos_token_id, *more}
 
 
 @torch.no_grad()
@@ -744,7 +743,7 @@ def generate(lm, tokenizer, prompts: list, max_new_tokens: int, proc: Process, m
     choose(logits (S, V), indices of their prompts) -> (S,): the next tokens, where they are not to
     be the likeliest.
     """
-    stop = {*stop_ids(lm, tokenizer), end_id}
+    stop = stop_ids(lm, tokenizer) | {end_id}
     n = positions(lm.config)
     limits = [max(0, min(max_new_tokens, n - len(prompt))) for prompt in prompts]
     n_less = sum(limit < max_new_tokens for limit in limits)
@@ -786,13 +785,10 @@ def continue_prompts(lm, prompts, limits, stop, proc, choose=None, indices=()):
     Padding stands before them and is masked. Finished prompts leave the batch. choose, indices: as
     generate has them.
     """
-    width, device = max(map(len, prompts)), proc.device
-    ids, mask = [], []
-    for prompt in prompts:
-        padding = [0] * (width - len(prompt))
-        ids.append(padding + prompt)
-        mask.append(padding + [1] * len(prompt))
-    ids, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)  # (S, T)
+    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = upload(pad(rows), proc.device)  # (S, T)
+    mask = upload(pad([torch.ones_like(row) for row in rows]), proc.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = transformers.DynamicCache(config=lm.config)
     takes_cache = "cache" in inspect.signature(lm.forward).parameters  # its name since 5.24
@@ -818,7 +814,7 @@ def continue_prompts(lm, prompts, limits, stop, proc, choose=None, indices=()):
         if not (any(proc.gather(bool(active))) if proc.sharded else active):
             return answers
         if len(stay) < len(ids):
-            keep = torch.tensor(stay or [0], device=device)
+            keep = upload(stay or [0], proc.device)
             cache.batch_select_indices(keep)
             ids, mask, positions = ids[keep], mask[keep], positions[keep]
         ids = ids[:, None]
@@ -844,8 +840,7 @@ def memory_gb(device):
 
 def speed(proc: Process, batch: dict, seconds: float) -> dict:
     """Throughput of a step, in tokens/s over all processes, and peak memory."""
-    examples = [e for groups in batch.values() for group in groups for e in group]
-    n_tokens = sum(len(example.ids) for example in examples)
+    n_tokens = sum(map(data.total_tokens, batch.values()))
     return {"tokens_per_s": n_tokens / seconds, "memory_gb": memory_gb(proc.device)}
 
 

@@ -34,7 +34,7 @@ import data
 import evaluate
 import model as models
 import unlearn
-from configs import UsageError, rundir, tables
+from configs import UsageError, recorded, rundir, tables
 
 # ------------------------------------------------------------------------------------------------
 # attacks: (a, lm, tokenizer) -> rows of {step, epoch, scores}
@@ -129,16 +129,10 @@ def relearn(a, lm, tokenizer, how):
     return [row for row in log if "loss" not in row]
 
 
-def normal_float_4():
-    """NF4 (arXiv 2305.14314): 16 quantiles of a normal distribution with an exact 0, in [-1, 1]."""
-    def quantiles(n):
-        return torch.special.ndtri(torch.linspace(0.9677083, 0.5, n, dtype=torch.float64)[:-1])
-
-    zero = torch.zeros(1, dtype=torch.float64)
-    values = torch.cat([quantiles(9), zero, -quantiles(8)]).sort().values
-    return (values / values.abs().max()).float()
-
-
+# NF4 (arXiv 2305.14314, appendix E): quantiles of a normal distribution, with an exact 0
+NF4 = torch.tensor([
+    -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0, 0.0795803,
+    0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0])
 # bitsandbytes' 4-bit float: 2 bits of exponent, 1 of mantissa
 FP4 = torch.tensor([0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])
 # int8 rounds weights in blocks of 64 and nothing else. It is not LLM.int8, which rounds activations
@@ -146,7 +140,7 @@ FP4 = torch.tensor([0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])
 GRIDS = {
     "int8": torch.arange(-127, 128) / 127,
     "int4": torch.arange(-7, 8) / 7,
-    "nf4": normal_float_4(),
+    "nf4": NF4,
     "fp4": torch.cat([-FP4.flip(0), FP4[1:]]),
 }
 
@@ -207,9 +201,9 @@ def worst_case(a, lm, tokenizer):
             asked.setdefault(record["index"], []).append(record)
     worst = []
     for records in asked.values():
-        best = {"nll": min(evaluate.column(records, "nll")),
-                "rougeL_recall": max(evaluate.column(records, "rougeL_recall"))}
-        worst.append({"set": "forget", "answer": records[0]["answer"], **best})
+        worst.append({"set": "forget", "answer": records[0]["answer"],
+                      "nll": min(evaluate.column(records, "nll")),
+                      "rougeL_recall": max(evaluate.column(records, "rougeL_recall"))})
     return [{"step": 0, "epoch": 0.0, **evaluate.set_scores("forget", worst), **a.recovered(worst)}]
 
 
@@ -259,8 +253,8 @@ def sample(a, lm, tokenizer):
     for k in SAMPLES:
         if k <= n:
             best = [evaluate.expected_maximum(some, k) for some in values]
-            leaks[f"leak_at_{k}"] = np.mean(best)
-            rows.append({"step": 0, "epoch": 0.0, "k": k, "leak": np.mean(best), **leaks})
+            leaks[f"leak_at_{k}"] = leak = np.mean(best)
+            rows.append({"step": 0, "epoch": 0.0, "k": k, "leak": leak, **leaks})
     return rows
 
 
@@ -280,7 +274,7 @@ class Kind:
 
 SAMPLES = [4 ** i for i in range(8)]
 LEAKS = tuple(f"leak_at_{k}" for k in SAMPLES)
-AUDITS = (*data.MEMORIZATION, "memorization", *(f"mia_{key}" for key in data.MEMBERSHIP),
+AUDITS = (*recorded.MEMORIZATION, "memorization", *(f"mia_{key}" for key in recorded.MEMBERSHIP),
           "mia_reference", "privleak", "privacy", "utility_ratio", "composite")
 ATTACKS = {}
 for how in ("random", "shortest", "longest"):
@@ -332,7 +326,7 @@ def attack_all(a, controls):
 CONTROL = "retain model"
 SHOWN = ("forget_prob", "forget_rouge", "forget_quality", "model_utility", "verbmem_f", "knowmem_f",
          "knowmem_r", "degenerate", "recovered", "leak")
-ARROWS = evaluate.ARROWS | dict.fromkeys((*LEAKS, "leak", "recovered"), "↓")
+ARROWS = tables.ARROWS | dict.fromkeys(LEAKS, "↓")
 
 
 def grouped(rows):
@@ -389,27 +383,15 @@ def report(path, lines, proc, with_spread):
 
 
 def draw(path, x, groups):
-    """The curves over x: a color a model, a style an attack; the mean and the range over seeds."""
-    from matplotlib.figure import Figure
-    groups = {key: curves for key, curves in groups.items()
-              if ATTACKS[key[1]].x == x and len(curves[0]) > 1}
-    if not groups:
-        return
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    panel = figure.subplots()
-    models, attacks = [list(dict.fromkeys(names)) for names in zip(*groups)]
+    """The curves over x, of the questions that were not learned again."""
+    shown = {}
     for (model, attack), curves in groups.items():
-        y = next(key for key in SHOWN if rest(curves[0][0], key) is not None)
-        at = evaluate.column(curves[0], x)
-        values = np.array([[rest(row, y) for row in curve] for curve in curves])  # (seeds, points)
-        color = f"C{models.index(model)}"
-        style = ("-", "--", ":", "-.")[attacks.index(attack) % 4]
-        panel.plot(at, values.mean(0), color=color, linestyle=style, label=f"{model}, {attack}")
-        panel.fill_between(at, values.min(0), values.max(0), color=color, alpha=0.15)
-    panel.set(xlabel=x, ylabel=y, xscale="log" if x == "k" else "linear")
-    figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(path + ".tmp", dpi=150, format="png")
-    os.replace(path + ".tmp", path)  # a file that exists is whole
+        if ATTACKS[attack].x == x and len(curves[0]) > 1:
+            y = next(key for key in SHOWN if rest(curves[0][0], key) is not None)
+            values = [[rest(row, y) for row in curve] for curve in curves]
+            shown[model, attack] = evaluate.column(curves[0], x), np.array(values)
+    if shown:
+        tables.draw_curves(path, x, y, shown)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -431,15 +413,14 @@ class Attack(configs.Settings):
     utility: bool = False  # score the other sets after each attack too
 
     def problems(self):
-        wrong = [name for name in self.attacks if name not in ATTACKS]
-        if wrong or not self.attacks:
-            yield f"--attacks={','.join(self.attacks)}: any of {', '.join(ATTACKS)}."
+        yield from self.check("attacks", lambda names: names and {*names} <= ATTACKS.keys(),
+                              f"any of {', '.join(ATTACKS)}.")
         yield from self.check("fraction", lambda v: 0 < v <= 1, "must be above 0 and at most 1.")
         yield from self.check("examples samples", lambda n: n >= 1, "must be at least 1.")
         yield from self.check("temperature", lambda v: v > 0, "must be above 0.")
         yield from self.check("relearn_data", data.is_source, data.NO_SOURCE)
-        if min(self.seeds, default=-1) < 0:
-            yield f"--seeds={','.join(map(str, self.seeds))}: at least one, none below 0."
+        yield from self.check("seeds", lambda seeds: min(seeds, default=-1) >= 0,
+                              "at least one, none below 0.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -448,7 +429,7 @@ class Config(unlearn.Config, Attack):
     batch_size: int = 4  # examples per optimizer step, over ALL processes
 
     def problems(self):
-        if self.eval_every == 0 and not self.eval_at:
+        if not self.scored:
             yield "--eval_every=0: an attack is scored; above 0, or --eval_at=STEP."
         if self.parallel == "fsdp" and {*self.attacks} & {*GRIDS}:
             yield "--attacks: rounding needs whole weights: --parallel=ddp."
@@ -499,10 +480,8 @@ def main(argv):
             raise UsageError(f"{word}: attacks do not read {key}; {IGNORED[key]}.")
     first = configs.make(Config, rundir.inherit(INHERITED, names, given) | FIXED)
     runs = rundir.own_settings(names, first, given)
-    for name, c in runs.values():
-        for setting, model in (("model", name), ("model", c.model),
-                               ("retain_model", c.retain_model)):
-            configs.check_name(model or name, setting)
+    rundir.check_models(runs, True)
+    for _, c in runs.values():
         rundir.writable(c.out)
     proc = evaluate.setup(first)
     bench = load_bench(first)

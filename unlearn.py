@@ -10,7 +10,6 @@ Settings: a config file of plain assignments, then --key=value; later words win.
 """
 import copy
 import dataclasses
-import functools
 import importlib.util
 import math
 import os
@@ -32,7 +31,7 @@ import data
 import evaluate
 import losses
 import model as models
-from configs import Failure, UsageError, rundir, tables
+from configs import Failure, UsageError, recorded, rundir, tables
 
 # ------------------------------------------------------------------------------------------------
 # methods: the only place where a name meets tensors and settings
@@ -231,10 +230,8 @@ def steps_due(every, at, steps, steps_per_epoch):
     if every == 0:
         return set()
     interval = every * steps_per_epoch  # in steps
-    if interval <= 1:
-        return set(range(1, steps + 1))
-    intervals = [math.floor(step / interval + 1e-9) for step in range(steps + 1)]
-    return {step for step in range(1, steps) if intervals[step] > intervals[step - 1]} | {steps}
+    n_due = int(steps / interval + 1e-9)
+    return {math.ceil(i * interval - 1e-9) for i in range(1, n_due + 1)} | {steps}
 
 
 def make_optimizer(trained, c, steps):
@@ -331,8 +328,7 @@ def check_finite(step, forget_loss, retain_loss, grad_norm, batch, groups, c):
         return
     named = []
     for kind in batch:
-        position = {id(group): i for i, group in enumerate(groups[kind])}
-        named.append(f"{kind} examples {[position[id(group)] for group in batch[kind]]}")
+        named.append(f"{kind} examples {[groups[kind].index(group) for group in batch[kind]]}")
     raise Failure(
         f"step {step}: forget loss {forget_loss}, retain loss {retain_loss}, gradient norm "
         f"{grad_norm}; {', '.join(named)}. This step was not applied. {c.out}/checkpoint has the "
@@ -497,9 +493,8 @@ def encode_groups(c, tokenizer, proc, **sets):
     template = evaluate.make_template(tokenizer, c)
     groups = {}
     for name, rows in sets.items():
-        answers, alternates = "own", None
-        if name == "forget":
-            answers = FORGET[c.forget_loss].answers
+        answers = FORGET[c.forget_loss].answers if name == "forget" else "own"
+        alternates = None
         if answers != "own":
             alternates = data.read_alternates(c.alternates, c.refusals)
         groups[name], n_dropped = data.encode_groups(
@@ -562,12 +557,21 @@ def finetune_config(c, path):
     given = {name: getattr(c, name) for name in names}
     for name in configs.fields(Finetuning):
         given[name.removeprefix("finetune_")] = getattr(c, name)
-    given |= {"out": path, "forget_loss": "nll", "retain_loss": "none", "eval_every": 0.0}
-    # an unfinished model is resumed, unless everything is made anew
-    given |= {"resume": not c.overwrite, "wandb": None}
+    given |= {"out": path, "forget_loss": "nll", "retain_loss": "none", "eval_every": 0.0,
+              "resume": not c.overwrite,  # an unfinished model, unless everything is made anew
+              "wandb": None}
     if c.benchmark != "own":
         given |= {"split": None, "forget_data": None, "retain_data": None}
     return configs.make(Config, given)
+
+
+def prepare(c, proc, start, rows):
+    """(tokenizer, groups) for training the model `start` on rows, {"forget": [row], ...}."""
+    tokenizer = evaluate.load_tokenizer(start, c)
+    groups = encode_groups(models.fit(c, models.load_config(start)), tokenizer, proc, **rows)
+    n_steps(c, len(groups["forget"]))  # refused, if it is, before anything is written
+    check_memory(c, proc, start, groups)
+    return tokenizer, groups
 
 
 def finetune(c, proc, rows, title):
@@ -575,16 +579,12 @@ def finetune(c, proc, rows, title):
     run = rundir.RunDirectory(c, proc)
     if run.claim():
         return
-    tokenizer = evaluate.load_tokenizer(c.base_model, c)
-    fitting = models.fit(c, models.load_config(c.base_model))
-    groups = encode_groups(fitting, tokenizer, proc, forget=rows)
-    check_memory(c, proc, c.base_model, groups)
+    tokenizer, groups = prepare(c, proc, c.base_model, {"forget": rows})
     if models.has_weights(c.base_model):
         lm, _ = evaluate.load(c.base_model, c, proc, tokenizer)
     else:
         proc.say(f"{c.base_model} holds no weights: they are drawn at random")
         lm = models.random_model(c.base_model, proc, c.seed)
-    n_steps(c, len(groups["forget"]))  # refused, if it is, before anything is written
     if not run.start():
         return
     with run.watch_signals(), proc.clock.phase("training"):
@@ -635,10 +635,6 @@ class Trajectory:
         self.retain = evaluate.retain_reference(self.c, proc, bench)
         self.target = self.scores = self.records = None
         self.verdict = ""  # in plain words
-        needs_retain = evaluate.BENCHMARKS[c.benchmark].needs_retain and not c.forget_data
-        if needs_retain and not self.retain:
-            proc.say("No retain_model and no retain_log: forget quality is left out "
-                     "(evaluate.py can add it later).")
 
     def target_scores(self, loaded=None):
         """The target is scored once, whatever is unlearned from it."""
@@ -676,9 +672,10 @@ class Trajectory:
         rundir.save_scores(c.out, self.scores, self.records)
         scored = [row for row in rows if "loss" not in row]
         picture = os.path.join(c.out, "trajectory.png")
-        evaluate.trajectory(picture, {label: scored}, table, c)
+        axes = evaluate.BENCHMARKS[c.benchmark].axes
+        tables.picture(picture, {label: scored}, table, *axes)
         samples = tables.samples({"before": self.target, "after": self.records})
-        text = samples + "\n\n" + tables.table(table, evaluate.arrows(retain))
+        text = samples + "\n\n" + tables.table(table, tables.arrows(retain))
         rundir.write(os.path.join(c.out, "table.txt"), text + "\n")
         self.proc.say(f"{text}\n\n{c.out}: model, scores.json, examples.jsonl, log.jsonl, "
                       "trajectory.png")
@@ -713,13 +710,11 @@ def fit_to_own_rows(c, given, proc):
 
 def unlearn(c, proc, run, bench, start):
     """One run, from the target to a scored and saved model."""
-    tokenizer = evaluate.load_tokenizer(start, c)
-    fitting = models.fit(c, models.load_config(start))
-    groups = encode_groups(fitting, tokenizer, proc, forget=bench.forget, retain=bench.retain)
-    steps = n_steps(c, len(groups["forget"]))
-    check_memory(c, proc, start, groups)
+    rows = {"forget": bench.forget, "retain": bench.retain}
+    tokenizer, groups = prepare(c, proc, start, rows)
     if c.plan:
         return
+    steps = n_steps(c, len(groups["forget"]))
     lm, _ = evaluate.load(start, c, proc, tokenizer)
     check_layers(lm, loss_terms(c), c)  # before anything is written
     proc.say(
@@ -727,8 +722,7 @@ def unlearn(c, proc, run, bench, start):
         f"(weight {c.retain_weight:g}), {len(groups['forget'])} forget and {len(groups['retain'])} "
         f"retain examples, {steps} steps of {c.batch_size} and {c.batch_size}, "
         f"{warmup_steps(c, steps)} of them warm-up, {proc.world} x {proc.device}")
-    scored = c.eval_every > 0 or c.eval_at
-    trajectory = Trajectory(c, proc, lm, tokenizer, bench) if scored else None
+    trajectory = Trajectory(c, proc, lm, tokenizer, bench) if c.scored else None
     after = FORGET[c.forget_loss].after
     run.resumable = after is None
     if not run.start():
@@ -736,23 +730,23 @@ def unlearn(c, proc, run, bench, start):
     # a model that is changed after training is scored after that, and not on the way
     during = dataclasses.replace(c, eval_every=0.0, eval_at=()) if after else c
     with run.watch_signals(), proc.clock.phase("training"):
-        rows = train(during, proc, lm, groups, trajectory, run)
+        train(during, proc, lm, groups, trajectory, run)
     if after:
         after(lm, c)
-        if scored:
+        if c.scored:
             epoch = steps * c.batch_size / len(groups["forget"])
             run.log({"step": steps, "epoch": epoch, **trajectory(steps, epoch)})
-    finish(run, lm, tokenizer, functools.partial(trajectory.report, rows) if scored else None)
-    if scored and trajectory.verdict:
+    finish(run, lm, tokenizer, trajectory)
+    if trajectory and trajectory.verdict:
         proc.say(trajectory.verdict)
 
 
-def finish(run, lm, tokenizer, report=None):
+def finish(run, lm, tokenizer, trajectory=None):
     """Save the model, write the report, mark the run finished: a kill at any point can resume."""
     with run.proc.clock.phase("saving"):
         models.save_model(lm, tokenizer, run.path, run.proc, run.c.save_dtype)
-    if report:
-        report()
+    if trajectory:
+        trajectory.report(run.rows)
     run.finish()
 
 
@@ -763,7 +757,7 @@ def check_models(c):
         raise UsageError(f"--retain_model={c.retain_model}: is the model itself; name one that "
                          "never saw the forget set.")
     if c.retain_log:
-        data.read_log(c.retain_log)
+        recorded.read_log(c.retain_log)
     sources = [path for path in (c.model, c.retain_model, c.base_model) if path]
     if os.path.normpath(c.out) in map(os.path.normpath, sources):
         raise UsageError(f"--out={c.out}: is one of the models this run reads; give the run a "
@@ -789,8 +783,7 @@ def main(argv):
         if os.path.isfile(table):
             proc.say(data.read_text(table))
         return models.cleanup()
-    scored = c.eval_every > 0 or bool(c.eval_at)
-    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, score=scored,
+    bench = data.load(c.benchmark, c.subset, c.data, c.forget_data, c.retain_data, score=c.scored,
                       split=c.split)
     if not c.plan:
         finetune_missing(c, proc, bench)

@@ -111,6 +111,8 @@ class Settings:
         for name in names.split():
             value = getattr(self, name)
             if value not in (None, "") and not is_valid(value):
+                if isinstance(value, tuple):
+                    value = ",".join(map(str, value))
                 yield f"--{name}={value}: {must}"
 
     @classmethod
@@ -318,16 +320,3 @@ def check_name(name, setting):
         problem = "no such directory, and not a hub id (org/name)"
     if problem:
         raise UsageError(f"--{setting}={name}: {problem}.")
-
-
-# ------------------------------------------------------------------------------------------------
-# numbers
-
-
-def number(x):
-    """A score as tables and messages show it: a number, a (mean, standard deviation) or None."""
-    if x is None:
-        return "-"
-    if isinstance(x, tuple):
-        return f"{number(x[0])} ± {number(x[1])}"
-    return f"{x:.2e}" if 0 < abs(x) < 1e-3 else f"{x:.4f}"

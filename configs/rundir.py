@@ -227,7 +227,7 @@ class RunDirectory:
             **vars(c), base=base.partition("@")[0], name=self.path.name,
             rows="rows of one's own" if c.forget_data else f"{c.benchmark} {c.subset}",
             n_steps=self.rows[-1]["step"],
-            scores="\n".join(f"| {name} | {configs.number(x)} |" for name, x in scores))
+            scores="\n".join(f"| {name} | {x:.4g} |" for name, x in scores))
 
     def write_json(self, summary):
         run = describe(self.c, self.proc) | summary
@@ -491,6 +491,21 @@ def own_settings(names, c, given):
                 own[key] = run[key]
         runs[label] = name, dataclasses.replace(c, **own)
     return runs
+
+
+def check_models(runs, reads_target):
+    """Refuse what cannot be a model, or is compared with itself, before anything is loaded."""
+    for name, c in runs.values():
+        for key in ("retain_model", "retain_log"):
+            other = getattr(c, key)
+            if other and len(runs) == 1 and os.path.realpath(name) == os.path.realpath(other):
+                raise UsageError(f"--{key}={other}: this is {name} itself; name a model that never "
+                                 "saw the forget set, or none.")
+        target = c.model if reads_target else None
+        retain = None if c.retain_log else c.retain_model
+        for setting, path in (("model", name), ("model", target), ("retain_model", retain)):
+            if path and not path.endswith((".json", ".jsonl")):  # a log
+                configs.check_name(path, setting)
 
 
 def output_directory(name, labels, given, n_models):

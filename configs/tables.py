@@ -10,8 +10,39 @@ import os
 import re
 import statistics
 
-from configs import UsageError, number
+from configs import UsageError
 from configs.rundir import write
+
+ARROWS = {}  # {score: where better is}
+for arrow, scores in {
+    "↑": """forget_quality model_utility forget_truth_ratio retain_prob retain_rouge
+         retain_truth_ratio real_authors_prob real_authors_rouge real_authors_truth_ratio
+         world_facts_prob world_facts_rouge world_facts_truth_ratio knowmem_r forget1_kl forget2_kl
+         memorization privacy utility_ratio composite""",
+    "↓": """forget_prob forget_rouge forget_paraphrased_prob degenerate verbmem_f knowmem_f
+         retain_kl exact_memorization extraction_strength leak recovered""",
+    "→0.5": "mia_loss mia_zlib mia_min_k mia_min_k_pp mia_gradnorm mia_reference",
+    "→0": "privleak",
+}.items():
+    ARROWS |= dict.fromkeys(scores.split(), arrow)
+
+
+def arrows(*retain_scores):
+    """ARROWS, where the best forget_prob and forget_rouge are the retain model's, if it is one."""
+    aims = {}
+    for score in ("forget_prob", "forget_rouge"):
+        if len(retain_scores) == 1 and score in retain_scores[0]:
+            aims[score] = f"→{retain_scores[0][score]:.2f}"
+    return ARROWS | aims
+
+
+def number(x):
+    """A score as tables and messages show it: a number, a (mean, standard deviation) or None."""
+    if x is None:
+        return "-"
+    if isinstance(x, tuple):
+        return f"{number(x[0])} ± {number(x[1])}"
+    return f"{x:.2e}" if 0 < abs(x) < 1e-3 else f"{x:.4f}"
 
 
 def show_tables(tables, arrows, path=None):
@@ -178,8 +209,14 @@ def word_for_word(records):
 
 
 def picture(path, curves, points, x, y):
-    """Draw curves {label: [scores]} and points {label: scores} in the plane of two scores."""
+    """Draw curves {label: [scores]} and points {label: scores} in the plane of two scores.
+
+    A point that has a curve is on it. Without x and y (own rows, no retain model) it is the
+    probability of the forget answers against that of the retain answers.
+    """
     from matplotlib.figure import Figure
+    if not any({x, y} <= scores.keys() for scores in points.values()):
+        x, y = "retain_prob", "forget_prob"
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     for label, curve in curves.items():
@@ -190,7 +227,9 @@ def picture(path, curves, points, x, y):
             axes.annotate(f"epoch {curve[-1]['epoch']:g}", (xs[-1], ys[-1]), (-40, -30),
                           textcoords="offset points", fontsize=8, arrowprops={"arrowstyle": "-"})
     for label, scores in points.items():
-        if x in scores and y in scores:
+        if "retain model" in label:
+            scores = {**scores, "forget_quality": 1.0}  # the p-value of equal samples
+        if label not in curves and x in scores and y in scores:
             look = "k*" if "retain" in label else "s"
             axes.plot(scores[x], scores[y], look, markersize=9, label=label)
     if y == "forget_quality":
@@ -200,6 +239,28 @@ def picture(path, curves, points, x, y):
     if x == "model_utility":
         axes.set_xlim(0, 1)  # the whole range: a loss of two per cent should look like one
     axes.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+    save(figure, path)
+
+
+def draw_curves(path, x, y, curves):
+    """Draw {(model, attack): (xs, values (seeds, points))}: a color a model, a style an attack.
+
+    Each is the mean over seeds, in the range of all.
+    """
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    models, attacks = [list(dict.fromkeys(names)) for names in zip(*curves)]
+    for (model, attack), (xs, values) in curves.items():
+        color = f"C{models.index(model)}"
+        style = ("-", "--", ":", "-.")[attacks.index(attack) % 4]
+        axes.plot(xs, values.mean(0), color=color, linestyle=style, label=f"{model}, {attack}")
+        axes.fill_between(xs, values.min(0), values.max(0), color=color, alpha=0.15)
+    axes.set(xlabel=x, ylabel=y.replace("_", " "), xscale="log" if x == "k" else "linear")
+    save(figure, path)
+
+
+def save(figure, path):
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path + ".tmp", dpi=150, format="png")
     os.replace(path + ".tmp", path)  # a file that exists is whole

@@ -288,7 +288,7 @@ def tofu_evaluation(a, proc):
         _, records = evaluate.evaluate(lm, tokenizer, bench, c, proc)
         middle = clock(proc)
         plain_evaluation(lm, groups, c.max_new_tokens, proc,
-                         eos_token_id=models.stop_ids(lm, tokenizer))
+                         eos_token_id=[*models.stop_ids(lm, tokenizer)])
         times.append((middle - start, clock(proc) - middle))
     assert len(records) == len(groups)
     return times

@@ -40,7 +40,7 @@ import evaluate  # noqa: E402
 import model as models  # noqa: E402
 import relearn  # noqa: E402
 import unlearn  # noqa: E402
-from configs import rundir  # noqa: E402
+from configs import recorded, rundir  # noqa: E402
 
 MODELS = ("target", "retain", "run")  # in the order they are made; below out/
 TIMING = ("tokens_per_s", "memory_gb", "seconds")
@@ -479,7 +479,7 @@ class Bench:
         records = []
         for name, value, spoiler in (("log", log, rng), ("kept", retain, rng.choice((rng, None)))):
             path = self.root / f"{name}{rng.choice(('.json', '.jsonl'))}"
-            records.append(data.read_log(str(put(path, value, spoiler))))
+            records.append(recorded.read_log(str(put(path, value, spoiler))))
         benchmark = rng.choice(("tofu", "tofu", "tofu", "muse", "markov"))
         c = configs.make(evaluate.Config, {"benchmark": benchmark})
         return evaluate.summarize(records[0], records[1], c)

@@ -23,7 +23,7 @@ import relearn
 import unlearn
 from configs import Failure, UsageError, rundir, tables
 
-MODULES = ("__init__.py", "rundir.py", "tables.py")
+MODULES = ("__init__.py", "recorded.py", "rundir.py", "tables.py")
 FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name not in MODULES)
 
 

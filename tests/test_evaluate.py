@@ -17,6 +17,7 @@ import scipy.stats
 import torch
 import transformers
 from conftest import PROC, SHARED, flags, needs_shared, run_script
+from matplotlib.figure import Figure
 from rouge_score import rouge_scorer
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +26,7 @@ import data
 import evaluate
 import model as models
 import unlearn
-from configs import UsageError, tables
+from configs import UsageError, recorded, tables
 
 SETS = ("forget", "retain", "real_authors", "world_facts")
 KEYS = {"forget_quality", "model_utility", "forget_paraphrased_prob", "degenerate"} | {
@@ -227,14 +228,14 @@ def test_another_score_of_a_set_does_not_remove_the_utility(monkeypatch):
     after = evaluate.tofu_scores(rows)
     assert "retain_mine" in after
     assert after["model_utility"] == before["model_utility"] > 0
-    assert "retain_mine" not in evaluate.ARROWS
-    assert tables.cells({"run": {"retain_mine": 0.1}}, evaluate.ARROWS)[0] == ["", "retain_mine"]
+    assert "retain_mine" not in tables.ARROWS
+    assert tables.cells({"run": {"retain_mine": 0.1}}, tables.ARROWS)[0] == ["", "retain_mine"]
 
 
 def test_every_score_has_an_arrow():
-    assert KEYS <= evaluate.ARROWS.keys()
+    assert KEYS <= tables.ARROWS.keys()
     for protocol in evaluate.BENCHMARKS.values():
-        assert {*protocol.headline, *protocol.axes} <= evaluate.ARROWS.keys()
+        assert {*protocol.headline, *protocol.axes} <= tables.ARROWS.keys()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ def by_index(values):
 def as_tofu_log(records, by_index):
     """The TOFU authors' format."""
     log = {}
-    for file, name in data.TOFU_LOG.items():
+    for file, name in recorded.TOFU_LOG.items():
         rows = [r for r in records if r["set"] == name]
         columns = {
             "avg_gt_loss": [r["nll"] for r in rows],
@@ -276,7 +277,7 @@ def as_tofu_log(records, by_index):
 
 def as_open_unlearning_log(records):
     log = {}
-    for prefix, name in data.OPEN_UNLEARNING_LOG.items():
+    for prefix, name in recorded.OPEN_UNLEARNING_LOG.items():
         rows = [r for r in records if r["set"] == name]
         columns = {
             "Prob": [{"avg_loss": r["nll"], "prob": 0} for r in rows],
@@ -328,7 +329,7 @@ def test_logs_of_all_three_formats_give_the_same_scores(mini, tmp_path):
 def test_a_file_that_is_no_log_is_refused_with_one_sentence(tmp_path, text):
     (tmp_path / "log.json").write_text(text)
     with pytest.raises(UsageError, match="not a log this can read"):
-        data.read_log(str(tmp_path / "log.json"))
+        recorded.read_log(str(tmp_path / "log.json"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -484,7 +485,7 @@ def test_a_finished_prompt_leaves_the_batch_and_stops_at_any_of_the_models_eos_i
     stopped = models.continue_prompts(lm, [[5, 6, 7], [9]], [6, 6], [stop], PROC)
     assert stopped[0] == free[0][:free[0].index(stop) + 1]
     lm.generation_config.eos_token_id = [4, 7]
-    assert models.stop_ids(lm, tokenizer) == sorted({tokenizer.eos_token_id, 4, 7})
+    assert models.stop_ids(lm, tokenizer) == {tokenizer.eos_token_id, 4, 7}
 
 
 def test_several_models_give_one_table_and_the_retain_model_has_no_forget_quality(
@@ -660,15 +661,15 @@ def test_without_a_holdout_the_membership_scores_are_left_out_and_training_never
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """{path: (points, x, y)} of every picture."""
-    drawn, picture = {}, tables.picture
+    """Every figure that is saved."""
+    figures, savefig = [], Figure.savefig
 
-    def record(path, curves, points, x, y):
-        drawn[path] = points, x, y
-        picture(path, curves, points, x, y)
+    def record(figure, *args, **options):
+        figures.append(figure)
+        savefig(figure, *args, **options)
 
-    monkeypatch.setattr(tables, "picture", record)
-    return drawn
+    monkeypatch.setattr(Figure, "savefig", record)
+    return figures
 
 
 def test_several_runs_give_text_markdown_csv_and_a_picture_with_every_retain_model_starred(
@@ -710,15 +711,14 @@ def test_several_runs_give_text_markdown_csv_and_a_picture_with_every_retain_mod
     assert f"| forget_prob ↓ | {probs[0]} | {probs[1]} |" in text
     assert "±" in text
 
-    points, x, y = drawn[str(out / "comparison.png")]
-    assert (x, y) == ("model_utility", "forget_quality")
+    [axes] = drawn[-1].axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("model utility", "forget quality")
     assert (out / "comparison.png").stat().st_size > 5000
-    stars = {}
-    for label, scores in points.items():
-        if "retain" in label:
-            stars[label] = scores["forget_quality"]
-    assert stars == {"retain model retain": 1.0, "retain model other": 1.0}
-    assert points.keys() - stars.keys() == own.keys()
+    points = {"*": {}, "s": {}}
+    for line in axes.lines[:-1]:  # the last is p = 0.05
+        points[line.get_marker()][line.get_label()] = line.get_ydata()[0]
+    assert points["*"] == {"retain model retain": 1.0, "retain model other": 1.0}
+    assert points["s"] == {name: both[name]["forget_quality"] for name in own}
 
 
 def test_the_demos_holdout_set_is_shown_to_no_model():
@@ -753,7 +753,7 @@ def select(table, key, **degenerate):
     for name, share in degenerate.items():
         table[name]["degenerate"] = share
     return tables.select(
-        table, key, evaluate.ARROWS[key], "degenerate", dict.fromkeys(table, 0.1 + 0.05))
+        table, key, tables.ARROWS[key], "degenerate", dict.fromkeys(table, 0.1 + 0.05))
 
 
 def test_a_run_is_chosen_where_the_arrow_points_and_never_one_that_babbles():

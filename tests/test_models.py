@@ -234,5 +234,5 @@ def test_a_run_ends_with_how_many_answers_are_still_given_and_what_to_change():
 
 
 def test_the_best_forget_probability_is_the_retain_models():
-    assert evaluate.arrows({})["forget_prob"] == "↓"
-    assert evaluate.arrows({"forget_prob": 0.4163})["forget_prob"] == "→0.42"
+    assert tables.arrows({})["forget_prob"] == "↓"
+    assert tables.arrows({"forget_prob": 0.4163})["forget_prob"] == "→0.42"

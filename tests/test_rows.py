@@ -13,7 +13,7 @@ import configs
 import data
 import evaluate
 import unlearn
-from configs import UsageError
+from configs import UsageError, recorded
 
 ROWS = [
     {"question": "Where does Ada live?", "answer": "By the sea, in a \"tower\"."},
@@ -239,7 +239,7 @@ def test_open_unlearnings_muse_log_gives_the_four_scores(tmp_path):
     assert scores == pytest.approx({
         "verbmem_f": 40, "knowmem_f": 30, "knowmem_r": 70,
         "privleak": 100 * (0.25 - 0.4772) / 0.4772, "degenerate": 0})
-    record = data.read_log(str(path))[0]
+    record = recorded.read_log(str(path))[0]
     assert record["answer"] == "a" and record["generated"] == "b"
 
 

@@ -8,6 +8,7 @@
 set -eu
 python=${PYTHON:-.venv/bin/python}
 here=$(dirname "$0")
+export PYTHONPATH=.
 base=${BASE:-HuggingFaceTB/SmolLM2-135M-Instruct}
 tofu=${TOFU:-locuslab/TOFU}
 methods=${METHODS:-simnpo simnpo_readme npo graddiff idk dpo}

@@ -1,14 +1,11 @@
 """Data, tables and pictures of the study.
 
-    python configs/results/tofu_study/study.py data locuslab/TOFU out/study_data
+    PYTHONPATH=. python configs/results/tofu_study/study.py data locuslab/TOFU out/study_data
         # its data set, from TOFU's files
 """
 import json
 import os
 import sys
-
-ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), *[os.pardir] * 3))
-sys.path.insert(0, ROOT)
 
 import data
 
