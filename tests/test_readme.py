@@ -106,7 +106,7 @@ def test_the_project_can_be_read_in_one_sitting():
     others = ("configs/recorded.py", "configs/rundir.py", "configs/tables.py")
     serving = sum(sizes[name] for name in others)  # the seven files
     assert sum(sizes.values()) - serving <= 32_000, sizes
-    assert serving <= 6_100, sizes
+    assert serving <= 6_200, sizes
     assert max(sizes.values()) <= 6_500, sizes
 
 

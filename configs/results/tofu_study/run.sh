@@ -2,16 +2,16 @@
 # The study that README.md beside this file describes. From the project's root:
 #     bash configs/results/tofu_study/run.sh
 # What is done is skipped and a killed run goes on. Several shells may share the work, each with
-# METHODS="simnpo npo" of its own; STAGE=sweep, seeds or attacks does one stage (none: all three).
+# METHODS="simnpo npo" of its own; STAGE=sweep, seeds, samples or attacks does one stage only.
 #   SIZE=small  ten authors of TOFU; CPU, about twelve hours of one core
-#   SIZE=all    the whole of TOFU with SUBSET=forget10 or forget05; one GPU
+#   SIZE=all    the whole of TOFU, with SUBSET=forget10 or forget05; one GPU
 set -eu
 python=${PYTHON:-.venv/bin/python}
 here=$(dirname "$0")
 export PYTHONPATH=.
 base=${BASE:-HuggingFaceTB/SmolLM2-135M-Instruct}
 tofu=${TOFU:-locuslab/TOFU}
-methods=${METHODS:-simnpo simnpo_readme npo graddiff idk dpo}
+methods=${METHODS:-simnpo simnpo_readme npo graddiff idk dpo retain}
 rates="1.5e-4 5e-5"
 
 if [ "${SIZE:-small}" = all ]; then
@@ -21,7 +21,8 @@ else
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   [ -d $data ] || $python $here/study.py data "$tofu" $data
 fi
-task="--data=$data --subset=$subset --template=qa --max_new_tokens=96 --dtype=$dtype"
+task="--benchmark=tofu --data=$data --subset=$subset --template=qa --max_new_tokens=96"
+task="$task --dtype=$dtype"
 models="--model=${study}_target --retain_model=${study}_retain"
 
 flags_of() {
@@ -44,8 +45,8 @@ unlearn() {  # method, rate, seed
 chosen() {  # method: the rate that the rule takes; its sentence is kept
   local choice="${study}_$1.choice" logs=""
   for rate in $rates; do logs="$logs ${study}_$1_${rate}_s0/examples.jsonl"; done
-  [ -f "$choice" ] || $python evaluate.py $logs $task --benchmark=tofu $models --tokenizer="$base" \
-    --select=forget_quality --out="${study}_$1_choice" | grep -- "--select=" > "$choice"
+  [ -s "$choice" ] || $python evaluate.py $logs $task $models --tokenizer="$base" \
+    --select=forget_quality --out="${study}_choices/$1" | grep -- "--select=" > "$choice"
   if grep -q "no run is chosen" "$choice"; then
     echo "${rates##* }"
   else
@@ -53,25 +54,34 @@ chosen() {  # method: the rate that the rule takes; its sentence is kept
   fi
 }
 
-attack() {  # name, run directories, flags
-  local out="${study}_attacks/$1"; shift
-  [ -f "$out/relearn.csv" ] || $python relearn.py "$@" --lr=5e-5 --fraction=0.2 --batch_size=4 \
-    --epochs=4 --eval_at=20 --eval_rows=$rows --out="$out"
+attack() {  # run directory, name of the attack, flags
+  local out="${study}_attacks/${1##*/}_$2" run=$1
+  shift 2
+  [ -f "$out/relearn.csv" ] || $python relearn.py "$run" $task --control=False --lr=5e-5 \
+    --fraction=0.2 --batch_size=4 --epochs=4 --eval_at=20 --eval_rows=$rows --out="$out" "$@"
 }
 
-for stage in ${STAGE:-sweep seeds attacks}; do
+for stage in ${STAGE:-sweep seeds samples attacks}; do
   for method in $methods; do
     if [ $stage = sweep ]; then
-      for rate in $rates; do unlearn $method "$rate" 0; done
+      [ $method = retain ] || for rate in $rates; do unlearn $method "$rate" 0; done
       continue
     fi
-    run=${study}_${method}_$(chosen $method)
-    if [ $stage = seeds ]; then
-      for seed in 1 2; do unlearn $method "${run##*_}" $seed; done
-    else
-      attack ${method}_samples "$run"_s[0-2] --attacks=sample --samples=16
-      attack ${method}_weights "$run"_s[0-2] --attacks=relearn_shortest,int4,nf4,audits
-      attack ${method}_random "$run"_s0 --attacks=relearn_random --seeds=0,1,2,3,4
-    fi
+    runs=${study}_retain  # the control
+    [ $method = retain ] || runs=${study}_${method}_$(chosen $method)_s[0-9]
+    case $stage in
+      seeds)
+        [ $method = retain ] || for seed in 0 1 2; do
+          unlearn $method "$(chosen $method)" $seed
+        done ;;
+      samples)
+        for run in $runs; do attack $run samples --attacks=sample --samples=16; done ;;
+      attacks)
+        for run in $runs; do
+          attack $run shortest --attacks=relearn_shortest
+          attack $run weights --attacks=int4,nf4,audits
+        done
+        attack ${runs/"[0-9]"/0} random --attacks=relearn_random --seeds=0,1,2,3,4 ;;
+    esac
   done
 done
