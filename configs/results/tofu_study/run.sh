@@ -63,8 +63,12 @@ attack() {  # run directory, name of the attack, flags
 
 for stage in ${STAGE:-sweep seeds samples attacks}; do
   for method in $methods; do
-    if [ $stage = sweep ]; then
-      [ $method = retain ] || for rate in $rates; do unlearn $method "$rate" 0; done
+    if [ $stage = sweep ] && [ $method = retain ]; then
+      [ -f ${study}_ends/comparison.md ] || $python evaluate.py ${study}_target ${study}_retain \
+        $task $models --out=${study}_ends
+      continue
+    elif [ $stage = sweep ]; then
+      for rate in $rates; do unlearn $method "$rate" 0; done
       continue
     fi
     runs=${study}_retain  # the control
@@ -85,3 +89,4 @@ for stage in ${STAGE:-sweep seeds samples attacks}; do
     esac
   done
 done
+[ -n "${METHODS:-}${STAGE:-}" ] || $python $here/study.py collect $study

@@ -2,12 +2,40 @@
 
     PYTHONPATH=. python configs/results/tofu_study/study.py data locuslab/TOFU out/study_data
         # its data set, from TOFU's files
+    PYTHONPATH=. python configs/results/tofu_study/study.py collect out/study
+        # keeps runs.jsonl, from what run.sh left in out/
+    PYTHONPATH=. python configs/results/tofu_study/study.py
+        # tables and pictures, from runs.jsonl
 """
+import glob
 import json
 import os
+import statistics
 import sys
 
+import numpy as np
+import scipy.stats
+from matplotlib.figure import Figure
+
 import data
+from configs import tables
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+KEPT = os.path.join(HERE, "runs.jsonl")
+METHODS = {  # as run.sh calls it: (name, color, the same in all pictures)
+    "simnpo": ("SimNPO", "C0"),
+    "simnpo_readme": ("SimNPO, README's ratio", "skyblue"),
+    "npo": ("NPO", "C1"),
+    "graddiff": ("GradDiff", "C2"),
+    "idk": ("IDK", "C3"),
+    "dpo": ("DPO", "C4"),
+    "target": ("target", "gray"),
+    "retain": ("retain model", "black"),
+}
+ENDS = ("target", "retain")
+SETTINGS = (
+    "forget_loss", "beta", "forget_weight", "retain_weight", "lr", "seed", "epochs", "batch_size",
+    "git")
 
 # ------------------------------------------------------------------------------------------------
 # the data set: the last ten authors of TOFU, 20 questions each
@@ -35,6 +63,356 @@ def write_data(tofu, path):
                 f.write(json.dumps(row) + "\n")
 
 
+# ------------------------------------------------------------------------------------------------
+# from run directories to runs.jsonl: a row a model, {name, method, seed, scores, ...}
+
+
+def read(path):
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf8") as f:
+        return json.load(f)
+
+
+def read_lines(path):
+    with open(path, encoding="utf8") as f:
+        return [json.loads(line) for line in f]
+
+
+def forget_questions(path):
+    """Of each forget question the mean NLL of the true answer, and its tokens."""
+    forget = [record for record in read_lines(path) if record["set"] == "forget"]
+    nlls = [round(record["nll"], 5) for record in forget]
+    return {"nll": nlls, "n_tokens": [record["n_tokens"] for record in forget]}
+
+
+def attacks_on(study, name):
+    """The rows of every attack on a model, by the name that run.sh gave it."""
+    found = {}
+    for attack in ("samples", "shortest", "random", "weights"):
+        rows = read(f"{study}_attacks/{name}_{attack}/relearn.json")
+        if rows:
+            found[attack] = rows
+    return found
+
+
+def collect(study):
+    rows = []
+    for end in ENDS:
+        name = f"{os.path.basename(study)}_{end}"
+        scored = f"{study}_ends/{name}"
+        rows.append({"name": name, "method": end, "seed": 0,
+                     "scores": read(f"{scored}/scores.json"),
+                     "questions": forget_questions(f"{scored}/examples.jsonl"),
+                     "attacks": attacks_on(study, name)})
+    for method in METHODS:
+        choice = f"{study}_{method}.choice"
+        if os.path.isfile(choice):
+            with open(choice, encoding="utf8") as f:
+                rows.append({"name": f"choice_{method}", "sentence": f.read().strip()})
+        for path in sorted(glob.glob(f"{study}_{method}_[0-9]*_s[0-9]/scores.json")):
+            folder = os.path.dirname(path)
+            run = read(f"{folder}/run.json")
+            row = {"name": os.path.basename(folder), "method": method}
+            row |= {key: run[key] for key in SETTINGS}
+            row |= {"scores": read(path), "questions": forget_questions(f"{folder}/examples.jsonl"),
+                    "attacks": attacks_on(study, os.path.basename(folder))}
+            rows.append(row)
+    with open(KEPT, "w", encoding="utf8") as f:
+        for row in rows:
+            f.write(json.dumps(row) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------
+# the chosen points
+
+
+def chosen_name(row):
+    """The run that a choice's sentence names; None where both points were barred."""
+    words = row["sentence"].split(" is chosen")[0].split(": ")[-1]
+    return None if words == "no run" else words
+
+
+def chosen(rows):
+    """{method: its chosen runs, a seed each}; the ends are a run each."""
+    choices = {}
+    for row in rows:
+        if row["name"].startswith("choice_"):
+            choices[row["name"].removeprefix("choice_")] = chosen_name(row)
+    found = {}
+    for row in rows:
+        method = row.get("method")
+        if method in ENDS:
+            found[method] = [row]
+        elif method in choices:
+            lowest = min(r["lr"] for r in rows if r.get("method") == method)
+            name = choices[method] or f"{row['name'].rsplit('_', 2)[0]}_{lowest:g}_s0"
+            if row["name"].rsplit("_s", 1)[0] == name.rsplit("_s", 1)[0]:
+                found.setdefault(method, []).append(row)
+    return found
+
+
+def spread(values):
+    """None of no values, one value, or (mean, standard deviation)."""
+    values = [value for value in values if value is not None]
+    if len(values) < 2:
+        return values[0] if values else None
+    return statistics.mean(values), statistics.stdev(values)
+
+
+def label(method, runs):
+    return f"{METHODS[method][0]} (n={len(runs)})" if method not in ENDS else METHODS[method][0]
+
+
+# ------------------------------------------------------------------------------------------------
+# tables
+
+
+def sweep_table(rows):
+    columns = ("forget_quality", "model_utility", "forget_prob", "forget_rouge", "degenerate",
+               "retain_prob", "retain_rouge")
+    table = {}
+    for row in rows:
+        if "scores" in row and row["seed"] == 0:
+            name = METHODS[row["method"]][0]
+            if "lr" in row:
+                name += f", lr {row['lr']:g}"
+            table[name] = {key: row["scores"].get(key) for key in columns}
+    return table
+
+
+def score_table(runs_of):
+    columns = (
+        "forget_quality", "model_utility", "forget_prob", "forget_rouge",
+        "forget_paraphrased_prob", "degenerate", "retain_prob", "retain_rouge",
+        "real_authors_prob", "real_authors_rouge", "world_facts_prob", "world_facts_rouge")
+    table = {}
+    for method, runs in runs_of.items():
+        scores = [run["scores"] for run in runs]
+        values = {key: spread([some.get(key) for some in scores]) for key in columns}
+        table[label(method, runs)] = values
+    return table
+
+
+def last_rows(runs, attack, kind):
+    """The last row of each run and attack seed, of one kind of attack."""
+    found = []
+    for run in runs:
+        by_seed = {}
+        for row in run["attacks"].get(attack, []):
+            if row["attack"] == kind:
+                by_seed[row["seed"]] = row
+        found += by_seed.values()
+    return found
+
+
+def first_rows(runs, attack, kind):
+    found = []
+    for run in runs:
+        by_seed = {}
+        for row in run["attacks"].get(attack, []):
+            if row["attack"] == kind:
+                by_seed.setdefault(row["seed"], row)
+        found += by_seed.values()
+    return found
+
+
+def leak_table(runs_of):
+    """Of the questions that were sampled, the first ones: greedy ROUGE and leak@k."""
+    table = {}
+    for method, runs in runs_of.items():
+        rows = last_rows(runs, "samples", "sample")
+        if not rows:
+            continue
+        line = {"greedy ROUGE, all questions": spread([r["scores"]["forget_rouge"] for r in runs])}
+        for k in (1, 4, 16):
+            line[f"leak@{k}"] = spread([row[f"leak_at_{k}"] for row in rows])
+        table[f"{METHODS[method][0]} (n={len(rows)})"] = line
+    return table
+
+
+def relearn_table(runs_of):
+    """Forget probability of the questions that were not relearned, before and after."""
+    table = {}
+    for method, runs in runs_of.items():
+        line = {}
+        for attack in ("random", "shortest"):
+            before = first_rows(runs, attack, f"relearn_{attack}")
+            after = last_rows(runs, attack, f"relearn_{attack}")
+            if after:
+                prob = "unseen_forget_prob"
+                line[f"{attack}, before"] = spread([row[prob] for row in before])
+                line[f"{attack}, after"] = spread([row[prob] for row in after])
+                line[f"{attack}, recovered"] = spread([row.get("recovered") for row in after])
+        if line:
+            table[METHODS[method][0]] = line
+    return table
+
+
+def weights_table(runs_of):
+    """Forget probability of the rounded weights, and the audits of the unrounded ones."""
+    columns = ("exact_memorization", "extraction_strength", "mia_loss", "mia_min_k_pp",
+               "mia_reference", "privleak")
+    table = {}
+    for method, runs in runs_of.items():
+        line = {}
+        for grid in ("int4", "nf4"):
+            rows = last_rows(runs, "weights", grid)
+            if rows:
+                line[f"forget_prob, {grid}"] = spread([row["forget_prob"] for row in rows])
+        audits = last_rows(runs, "weights", "audits")
+        for key in columns if audits else ():
+            line[key] = spread([row.get(key) for row in audits])
+        if line:
+            table[label(method, runs)] = line
+    return table
+
+
+def forgetting(rows, run):
+    """(the target's log-prob a token, how far it fell, answer tokens) of each forget question."""
+    [target] = [row for row in rows if row.get("method") == "target"]
+    before = -np.array(target["questions"]["nll"])
+    after = -np.array(run["questions"]["nll"])
+    return before, before - after, np.array(target["questions"]["n_tokens"])
+
+
+def bias_table(rows, runs_of):
+    """Spearman's rank correlation of a question's forgetting with its confidence and length."""
+    table = {}
+    for method, runs in runs_of.items():
+        if method in ENDS:
+            continue
+        confidence, length, share = [], [], []
+        for run in runs:
+            before, fell, n_tokens = forgetting(rows, run)
+            confidence.append(scipy.stats.spearmanr(before, fell).statistic)
+            length.append(scipy.stats.spearmanr(n_tokens, fell).statistic)
+            short = n_tokens <= np.median(n_tokens)
+            share.append(fell[short].mean() / fell[~short].mean())
+        table[label(method, runs)] = {
+            "with the target's confidence": spread(confidence),
+            "with the answer's length": spread(length),
+            "short half / long half": spread(share),
+        }
+    return table
+
+
+def show(rows):
+    runs_of = chosen(rows)
+    for row in rows:
+        if "sentence" in row:
+            print(row["sentence"])
+    for title, table in {
+        "The sweep, seed 0": sweep_table(rows),
+        "The chosen points, mean and standard deviation over seeds": score_table(runs_of),
+        "Sampled answers": leak_table(runs_of),
+        "Relearning: forget probability of the other questions": relearn_table(runs_of),
+        "Rounded weights, and audits": weights_table(runs_of),
+        "Reference bias: rank correlation of a question's forgetting": bias_table(rows, runs_of),
+    }.items():
+        if table:
+            print("\n" + tables.markdown(f"### {title}", table, {}))
+
+
+# ------------------------------------------------------------------------------------------------
+# pictures
+
+
+def middle(value):
+    """(mean, standard deviation) of a table's value."""
+    return value if isinstance(value, tuple) else (value, 0)
+
+
+def draw_scores(axes, runs_of):
+    """Forget quality against utility, mean and standard deviation over seeds."""
+    for method, runs in runs_of.items():
+        name, color = METHODS[method]
+        x, x_error = middle(spread([run["scores"]["model_utility"] for run in runs]))
+        # the retain model is the reference: the p-value of equal samples
+        y, y_error = middle(spread([run["scores"].get("forget_quality", 1) for run in runs]))
+        marker = {"target": "s", "retain": "*"}.get(method, "o")
+        axes.errorbar(x, y, xerr=x_error, yerr=[[min(y_error, 0.9 * y)], [y_error]], fmt=marker,
+                      color=color, markersize=10, capsize=3, label=name)
+    axes.axhline(0.05, color="gray", linestyle=":")
+    axes.set(yscale="log", xlabel="model utility (better to the right)",
+             ylabel="forget quality, p-value (better upwards)",
+             title="Forgetting against utility (dotted: p = 0.05)")
+
+
+def draw_leaks(axes, runs_of):
+    """What the best of k sampled answers says: leak@k over k."""
+    for method, runs in runs_of.items():
+        values = []
+        for run in runs:
+            curve = [row["leak"] for row in run["attacks"].get("samples", [])]
+            if curve:
+                values.append(curve)
+        if values:
+            mean, error = np.mean(values, 0), np.std(values, 0, ddof=len(values) > 1)
+            k = [4 ** i for i in range(len(mean))]
+            axes.errorbar(k, mean, yerr=error, fmt=".-", color=METHODS[method][1], capsize=3)
+    axes.set(xscale="log", xlabel="k, sampled answers to a question",
+             ylabel="leak@k, ROUGE-L recall of the best", title="What sampling brings out",
+             xticks=(1, 4, 16), xticklabels=("1", "4", "16"))
+    axes.minorticks_off()
+
+
+def draw_relearning(axes, runs_of):
+    """Forget probability of the questions that were not relearned, before and after."""
+    table = relearn_table(runs_of)
+    colors = dict(METHODS.values())
+    for i, attack in enumerate(("random", "shortest")):
+        shown = {name: line for name, line in table.items() if f"{attack}, after" in line}
+        for j, (name, line) in enumerate(shown.items()):
+            at = i + 0.8 * (j - (len(shown) - 1) / 2) / max(len(shown), 1)
+            before, _ = middle(line[f"{attack}, before"])
+            after, error = middle(line[f"{attack}, after"])
+            axes.plot([at, at], [before, after], color=colors[name], linewidth=1.5)
+            axes.plot(at, before, "_", color=colors[name], markersize=10)
+            axes.errorbar(at, after, yerr=error, fmt="^", color=colors[name], capsize=3)
+    axes.set(xticks=(0, 1), xticklabels=("20 random questions", "the 20 shortest answers"),
+             xlim=(-0.6, 1.6), ylabel="forget probability of the others", ylim=(0, 1),
+             title="Relearning: before (bar) and after (triangle)")
+
+
+def draw_bias(axes, rows, runs_of):
+    """How far each question fell, against the target's confidence: SimNPO and NPO."""
+    for method in ("simnpo", "npo"):
+        if method in runs_of:
+            color = METHODS[method][1]
+            before, fell, _ = forgetting(rows, runs_of[method][0])
+            axes.plot(before, fell, ".", color=color, alpha=0.6)
+            slope, start = np.polyfit(before, fell, 1)
+            ends = np.array([before.min(), before.max()])
+            axes.plot(ends, start + slope * ends, color=color)
+    axes.set(xlabel="target's log-prob of the answer, per token",
+             ylabel="how far unlearning lowered it (nats)",
+             title="Forgetting question by question, seed 0")
+
+
+def pictures(rows):
+    runs_of = chosen(rows)
+    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    panels = figure.subplots(2, 2).flat
+    draw_scores(panels[0], runs_of)
+    draw_leaks(panels[1], runs_of)
+    draw_relearning(panels[2], runs_of)
+    draw_bias(panels[3], rows, runs_of)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.savefig(os.path.join(HERE, "study.png"), dpi=110)
+
+
+def main(words):
+    if words[:1] == ["data"]:
+        write_data(*words[1:3])
+        return
+    if words[:1] == ["collect"]:
+        collect(words[1])
+    rows = read_lines(KEPT)
+    show(rows)
+    pictures(rows)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["data"]:
-        write_data(*sys.argv[2:4])
+    main(sys.argv[1:])
