@@ -659,9 +659,9 @@ def row_limit(lm) -> float:
         together = score(lm, [[example] for example in examples], device).logits
     except (ValueError, RuntimeError, TypeError):  # a model that takes no mask or no positions
         return 0
-    # bfloat16 weights round to three digits
-    tolerance = 1e-3 if alone.dtype == torch.float32 else 0.05 * alone.abs().max()
-    if (alone - together).abs().max() > tolerance:
+    # rounding only: of logits around 35 a fine-tuned SmolLM2 had an error of 0.008 in float32
+    relative = 5e-3 if alone.dtype == torch.float32 else 0.05
+    if (alone - together).abs().max() > max(1e-3, relative * alone.abs().max()):
         return 0
     config = lm.config.get_text_config()
     names = ("sliding_window", "window_size", "attention_chunk_size")

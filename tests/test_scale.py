@@ -443,6 +443,14 @@ def test_a_mistral_without_a_window_has_no_limit():
     assert tiny_of("llama").row_limit == math.inf
 
 
+@pytest.mark.parametrize("kind, limit", [("llama", math.inf), ("bloom", 0)])
+def test_rounding_of_large_logits_is_no_missing_mask(kind, limit):
+    """A fine-tuned SmolLM2 has logits of 35, and an error of 0.008 in float32."""
+    lm = tiny_of(kind)
+    lm.get_output_embeddings().weight.data *= 1e4
+    assert models.row_limit(lm) == limit
+
+
 def test_a_model_that_takes_no_mask_gets_one_example_per_forward_pairs_included(monkeypatch):
     lm = tiny_of("bloom")
     assert lm.row_limit == 0

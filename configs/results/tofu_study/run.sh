@@ -50,7 +50,7 @@ chosen() {  # method: the rate that the rule takes; its sentence is kept
   if grep -q "no run is chosen" "$choice"; then
     echo "${rates##* }"
   else
-    sed "s/.*: ${study##*/}_$1_\([^_]*\)_s0.* is chosen.*/\1/" "$choice"
+    sed "s/.*: .*${study##*/}_$1_\([^_]*\)_s0_examples.jsonl is chosen.*/\1/" "$choice"
   fi
 }
 

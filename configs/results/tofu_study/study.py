@@ -128,9 +128,9 @@ def collect(study):
 
 
 def chosen_name(row):
-    """The run that a choice's sentence names; None where both points were barred."""
+    """The run whose examples.jsonl a choice names; None where both points were barred."""
     words = row["sentence"].split(" is chosen")[0].split(": ")[-1]
-    return None if words == "no run" else words
+    return None if words == "no run" else words.removesuffix("_examples.jsonl")
 
 
 def chosen(rows):
@@ -146,10 +146,15 @@ def chosen(rows):
             found[method] = [row]
         elif method in choices:
             lowest = min(r["lr"] for r in rows if r.get("method") == method)
-            name = choices[method] or f"{row['name'].rsplit('_', 2)[0]}_{lowest:g}_s0"
-            if row["name"].rsplit("_s", 1)[0] == name.rsplit("_s", 1)[0]:
+            barred = choices[method] is None
+            if row["lr"] == lowest if barred else is_rate_of(row["name"], choices[method]):
                 found.setdefault(method, []).append(row)
     return found
+
+
+def is_rate_of(name, choice):
+    """Is a run one of the chosen one's seeds? Labels of logs are whole paths, out_study_..."""
+    return choice.rsplit("_s", 1)[0].endswith(name.rsplit("_s", 1)[0])
 
 
 def spread(values):
