@@ -33,6 +33,7 @@ METHODS = {  # as run.sh calls it: (name, color, the same in all pictures)
     "retain": ("retain model", "black"),
 }
 ENDS = ("target", "retain")
+SAMPLED = 40  # questions, the first ones: run.sh's rows
 SETTINGS = (
     "forget_loss", "beta", "forget_weight", "retain_weight", "lr", "seed", "epochs", "batch_size",
     "git")
@@ -80,10 +81,11 @@ def read_lines(path):
 
 
 def forget_questions(path):
-    """Of each forget question the mean NLL of the true answer, and its tokens."""
+    """Of each forget question the true answer's mean NLL and tokens, the greedy answer's ROUGE."""
     forget = [record for record in read_lines(path) if record["set"] == "forget"]
-    nlls = [round(record["nll"], 5) for record in forget]
-    return {"nll": nlls, "n_tokens": [record["n_tokens"] for record in forget]}
+    return {"nll": [round(record["nll"], 5) for record in forget],
+            "n_tokens": [record["n_tokens"] for record in forget],
+            "rouge": [round(record["rougeL_recall"], 5) for record in forget]}
 
 
 def attacks_on(study, name):
@@ -223,13 +225,15 @@ def first_rows(runs, attack, kind):
 
 
 def leak_table(runs_of):
-    """Of the questions that were sampled, the first ones: greedy ROUGE and leak@k."""
+    """Of the questions that were sampled: the greedy answers' ROUGE, and leak@k."""
     table = {}
     for method, runs in runs_of.items():
         rows = last_rows(runs, "samples", "sample")
         if not rows:
             continue
-        line = {"greedy ROUGE, all questions": spread([r["scores"]["forget_rouge"] for r in runs])}
+        sampled = [run for run in runs if "samples" in run["attacks"]]
+        greedy = [statistics.mean(run["questions"]["rouge"][:SAMPLED]) for run in sampled]
+        line = {"greedy ROUGE": spread(greedy)}
         for k in (1, 4, 16):
             line[f"leak@{k}"] = spread([row[f"leak_at_{k}"] for row in rows])
         table[f"{METHODS[method][0]} (n={len(rows)})"] = line
