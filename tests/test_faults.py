@@ -25,7 +25,7 @@ import configs
 import evaluate
 import model as models
 import unlearn
-from configs import Failure, UsageError, rundir, tables
+from configs import Failure, UsageError, rundir
 
 KEYS = ("step", "epoch", "lr", "loss", "forget_loss", "retain_loss", "grad_norm")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -596,7 +596,7 @@ def test_a_finished_run_has_a_model_card_with_settings_and_scores_and_no_forgott
         assert line in card.text
     scores = json.loads((scored / "scores.json").read_text())
     for name, value in scores.items():
-        assert f"| {name} | {tables.number(value)} |" in card.text
+        assert f"| {name} | {value:.4g} |" in card.text
     assert str(mini) not in card.content
     for line in (mini / "data" / "forget05.jsonl").read_text().splitlines():
         row = json.loads(line)
