@@ -79,7 +79,9 @@ for stage in ${STAGE:-sweep seeds samples attacks}; do
           unlearn $method "$(chosen $method)" $seed
         done ;;
       samples)
-        for run in $runs; do attack $run samples --attacks=sample --samples=16; done ;;
+        for run in $runs; do  # large batches: memory for speed, the same texts
+          attack $run samples --attacks=sample --samples=16 --micro_batch_tokens=4096
+        done ;;
       attacks)
         for run in $runs; do
           attack $run shortest --attacks=relearn_shortest
