@@ -5,7 +5,7 @@
 # METHODS="simnpo npo" of its own; STAGE=sweep, seeds, samples or attacks does one stage only.
 #   SIZE=small  ten authors of TOFU; CPU, about twelve hours of one core
 #   SIZE=all    the whole of TOFU, with SUBSET=forget10 or forget05; one GPU
-set -eu
+set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
 here=$(dirname "$0")
 export PYTHONPATH=.
@@ -45,8 +45,9 @@ unlearn() {  # method, rate, seed
 chosen() {  # method: the rate that the rule takes; its sentence is kept
   local choice="${study}_$1.choice" logs=""
   for rate in $rates; do logs="$logs ${study}_$1_${rate}_s0/examples.jsonl"; done
-  [ -s "$choice" ] || $python evaluate.py $logs $task $models --tokenizer="$base" \
-    --select=forget_quality --out="${study}_choices/$1" | grep -- "--select=" > "$choice"
+  # --out=out: beside the runs, whose scores of target and retain model are read again
+  [ -s "$choice" ] || $python evaluate.py $logs $task $models --select=forget_quality --out=out |
+    grep -- "--select=" > "$choice"
   if grep -q "no run is chosen" "$choice"; then
     echo "${rates##* }"
   else
