@@ -532,22 +532,32 @@ def test_what_another_process_has_finished_meanwhile_is_not_made_again(
 
 
 @linux_only
+@linux_only
 def test_of_two_runs_that_need_the_same_target_one_makes_it_and_the_other_waits(tmp_path):
     faults.write_data(tmp_path)
-    runs = []
-    for name in ("a", "b"):
+
+    def start(name):
         command = [sys.executable, str(ROOT / "unlearn.py")]
         command += faults.flags(tmp_path, out=f"out/{name}", eval_every=0, steps=3, save_every=0,
                                 finetune_epochs=40)
-        runs.append(subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                                     stderr=subprocess.STDOUT))
-    printed = [run.communicate(timeout=200)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], printed
+        return subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT)
+
+    first = start("a")
+    wait_for((tmp_path / "out" / "target" / "log.jsonl").exists, first)
+    first.send_signal(signal.SIGSTOP)  # it makes the target until the second run is seen to wait
+    second = start("b")
+    waiting = ""
+    while "out/target: waiting for another process that writes it" not in waiting:
+        line = second.stdout.readline()
+        assert line, waiting
+        waiting += line
+    first.send_signal(signal.SIGCONT)
+    printed = [first.communicate(timeout=200)[0], waiting + second.communicate(timeout=200)[0]]
+    assert [first.returncode, second.returncode] == [0, 0], printed
     for name in ("target", "retain"):
         made = [text.count(f"{name}: 100%") for text in printed]
         assert sorted(made) == [0, 1], printed
-    assert any("out/target: waiting for another process that writes it" in text
-               for text in printed), printed
     for name in ("a", "b"):
         assert [row["step"] for row in log_of(tmp_path / "out" / name)] == [1, 2, 3]
 
