@@ -129,10 +129,6 @@ def relearn(a, lm, tokenizer, how):
     return [row for row in log if "loss" not in row]
 
 
-# NF4 (arXiv 2305.14314, appendix E): quantiles of a normal distribution, with an exact 0
-NF4 = torch.tensor([
-    -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0, 0.0795803,
-    0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0])
 # bitsandbytes' 4-bit float: 2 bits of exponent, 1 of mantissa
 FP4 = torch.tensor([0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])
 # int8 rounds weights in blocks of 64 and nothing else. It is not LLM.int8, which rounds activations
@@ -140,7 +136,10 @@ FP4 = torch.tensor([0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])
 GRIDS = {
     "int8": torch.arange(-127, 128) / 127,
     "int4": torch.arange(-7, 8) / 7,
-    "nf4": NF4,
+    # arXiv 2305.14314, appendix E: quantiles of a normal distribution, with an exact 0
+    "nf4": torch.tensor([
+        -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
+        0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]),
     "fp4": torch.cat([-FP4.flip(0), FP4[1:]]),
 }
 

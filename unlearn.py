@@ -229,7 +229,7 @@ def steps_due(every, at, steps, steps_per_epoch):
         return {*at, steps}
     if every == 0:
         return set()
-    interval = every * steps_per_epoch  # in steps
+    interval = max(1, every * steps_per_epoch)  # in steps
     n_due = int(steps / interval + 1e-9)
     return {math.ceil(i * interval - 1e-9) for i in range(1, n_due + 1)} | {steps}
 
@@ -710,8 +710,8 @@ def fit_to_own_rows(c, given, proc):
 
 def unlearn(c, proc, run, bench, start):
     """One run, from the target to a scored and saved model."""
-    rows = {"forget": bench.forget, "retain": bench.retain}
-    tokenizer, groups = prepare(c, proc, start, rows)
+    tokenizer, groups = prepare(
+        c, proc, start, {"forget": bench.forget, "retain": bench.retain})
     if c.plan:
         return
     steps = n_steps(c, len(groups["forget"]))

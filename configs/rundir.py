@@ -147,9 +147,9 @@ class RunDirectory:
     def claim(self):
         """Is this very run finished here? UsageError if the directory belongs to another one."""
         existing = read_json(self.path / "run.json")
-        self.proc.barrier()  # every rank has looked before one writes
         # another process may be writing the first file of this very run
         foreign = [name for name in results(self.path) if not name.endswith(".tmp")]
+        self.proc.barrier()  # every rank has looked before one writes
         if foreign and not existing:
             raise UsageError(f"--out={self.path}: holds {foreign[0]}, and no run.json of a run of "
                              "this project; give a directory of its own.")
