@@ -908,8 +908,8 @@ def compare(runs, logs, proc, path):
         shown = tables.show_tables({"scores": table}, aims, path)
         proc.say(f"{tables.samples(samples)}\n\n{shown}\n\n{sentence}".rstrip())
         if path:
-            axes = BENCHMARKS[c.benchmark].axes
-            tables.picture(f"{path}.png", {}, table | retain_models, *axes)
+            tables.picture(f"{path}.png", {}, table | retain_models,
+                           *BENCHMARKS[c.benchmark].axes)
             proc.say(f"\n{path}.png, {path}.md, {path}.csv")
 
 

@@ -671,9 +671,8 @@ class Trajectory:
             retain = table["retain model"] = evaluate.summarize(self.retain, self.retain, c)
         rundir.save_scores(c.out, self.scores, self.records)
         scored = [row for row in rows if "loss" not in row]
-        picture = os.path.join(c.out, "trajectory.png")
-        axes = evaluate.BENCHMARKS[c.benchmark].axes
-        tables.picture(picture, {label: scored}, table, *axes)
+        tables.picture(os.path.join(c.out, "trajectory.png"), {label: scored}, table,
+                       *evaluate.BENCHMARKS[c.benchmark].axes)
         samples = tables.samples({"before": self.target, "after": self.records})
         text = samples + "\n\n" + tables.table(table, tables.arrows(retain))
         rundir.write(os.path.join(c.out, "table.txt"), text + "\n")
