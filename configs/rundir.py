@@ -147,10 +147,11 @@ class RunDirectory:
     def claim(self):
         """Is this very run finished here? UsageError if the directory belongs to another one."""
         existing = read_json(self.path / "run.json")
+        found = [] if existing else results(self.path)
         # another process may be writing the first file of this very run
-        foreign = [name for name in results(self.path) if not name.endswith(".tmp")]
+        foreign = [name for name in found if not name.endswith(".tmp")]
         self.proc.barrier()  # every rank has looked before one writes
-        if foreign and not existing:
+        if foreign:
             raise UsageError(f"--out={self.path}: holds {foreign[0]}, and no run.json of a run of "
                              "this project; give a directory of its own.")
         writable(self.path)
@@ -175,6 +176,7 @@ class RunDirectory:
         False if another process made this very run: it was waited for.
         """
         if self.proc.rank == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
             write(self.path / ".gitignore", GITIGNORE)
         self.proc.barrier()
@@ -192,7 +194,6 @@ class RunDirectory:
 
     def lock(self):
         """Wait for another process that writes here; a killed one's lock is gone with it."""
-        self.path.mkdir(parents=True, exist_ok=True)
         self.lock_file = open(self.path / ".lock", "w")
         try:
             import fcntl
