@@ -854,11 +854,6 @@ def retain_reference(c, proc, bench) -> list | None:
     return None
 
 
-def same(name, other):
-    """Are two names one model, or one log?"""
-    return os.path.realpath(name) == os.path.realpath(other)
-
-
 # ------------------------------------------------------------------------------------------------
 # the script
 
@@ -890,7 +885,7 @@ def compare(runs, logs, proc, path):
         target = reference(c, proc, c.model, bench) if reads_target and c.model else None
         if name in logs:
             records = logs[name]
-        elif retain and not c.retain_log and same(name, c.retain_model):
+        elif retain and not c.retain_log and rundir.same(name, c.retain_model):
             records = retain
         else:
             _, records = evaluate(*load(name, c, proc), bench, c, proc)

@@ -839,7 +839,10 @@ def memory_gb(device):
 
 
 def speed(proc: Process, batch: dict, seconds: float) -> dict:
-    """Throughput of a step, in tokens/s over all processes, and peak memory."""
+    """Throughput of a step, in tokens/s over all processes, and peak memory.
+
+    What several answers share is one computation, and counted once.
+    """
     n_tokens = sum(map(data.total_tokens, batch.values()))
     return {"tokens_per_s": n_tokens / seconds, "memory_gb": memory_gb(proc.device)}
 

@@ -752,7 +752,7 @@ def finish(run, lm, tokenizer, trajectory=None):
 def check_models(c):
     if not c.model:
         raise UsageError("--model= is missing: the model to unlearn from, a hub id or a directory.")
-    if c.retain_model and evaluate.same(c.model, c.retain_model):
+    if c.retain_model and rundir.same(c.model, c.retain_model):
         raise UsageError(f"--retain_model={c.retain_model}: is the model itself; name one that "
                          "never saw the forget set.")
     if c.retain_log:

@@ -496,12 +496,17 @@ def own_settings(names, c, given):
     return runs
 
 
+def same(name, other):
+    """Are two names one model, or one log?"""
+    return os.path.realpath(name) == os.path.realpath(other)
+
+
 def check_models(runs, reads_target):
     """Refuse what cannot be a model, or is compared with itself, before anything is loaded."""
     for name, c in runs.values():
         for key in ("retain_model", "retain_log"):
             other = getattr(c, key)
-            if other and len(runs) == 1 and os.path.realpath(name) == os.path.realpath(other):
+            if other and len(runs) == 1 and same(name, other):
                 raise UsageError(f"--{key}={other}: this is {name} itself; name a model that never "
                                  "saw the forget set, or none.")
         target = c.model if reads_target else None

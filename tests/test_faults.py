@@ -3,6 +3,7 @@
 Runs are killed, files damaged, disks full; then the runs resume, or say why not.
 """
 import contextlib
+import errno
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -30,7 +32,7 @@ from configs import Failure, UsageError, rundir
 KEYS = ("step", "epoch", "lr", "loss", "forget_loss", "retain_loss", "grad_norm")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 linux_only = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="processes are found in the proc file system")
+    not sys.platform.startswith("linux"), reason="needs Linux's list of processes")
 
 
 def weights(out):
@@ -437,8 +439,16 @@ def test_an_out_that_cannot_be_written_is_a_sentence_before_any_model_is_loaded(
         mini, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load_model", None)
     (tmp_path / "file").write_text("")
-    processes = os.path.join(os.sep, "proc", "run")  # nobody can write there, not even root
-    for out in (tmp_path / "file" / "run", processes):
+    (tmp_path / "read_only").mkdir()
+    temporary_file = tempfile.TemporaryFile
+
+    def refuse_read_only(dir):  # root may write everywhere, so a file system says no here
+        if dir == tmp_path / "read_only":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return temporary_file(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse_read_only)
+    for out in (tmp_path / "file" / "run", tmp_path / "read_only" / "run"):
         with pytest.raises(UsageError, match="cannot be written"):
             unlearn.main(flags(mini, out=out))
         with pytest.raises(UsageError, match="cannot be written"):
@@ -532,7 +542,6 @@ def test_what_another_process_has_finished_meanwhile_is_not_made_again(
 
 
 @linux_only
-@linux_only
 def test_of_two_runs_that_need_the_same_target_one_makes_it_and_the_other_waits(tmp_path):
     faults.write_data(tmp_path)
 
@@ -546,13 +555,14 @@ def test_of_two_runs_that_need_the_same_target_one_makes_it_and_the_other_waits(
     first = start("a")
     wait_for((tmp_path / "out" / "target" / "log.jsonl").exists, first)
     first.send_signal(signal.SIGSTOP)  # it makes the target until the second run is seen to wait
-    second = start("b")
-    waiting = ""
-    while "out/target: waiting for another process that writes it" not in waiting:
-        line = second.stdout.readline()
-        assert line, waiting
-        waiting += line
-    first.send_signal(signal.SIGCONT)
+    second, waiting = start("b"), ""
+    try:
+        while "out/target: waiting for another process that writes it" not in waiting:
+            line = second.stdout.readline()
+            assert line, waiting
+            waiting += line
+    finally:
+        first.send_signal(signal.SIGCONT)
     printed = [first.communicate(timeout=200)[0], waiting + second.communicate(timeout=200)[0]]
     assert [first.returncode, second.returncode] == [0, 0], printed
     for name in ("target", "retain"):

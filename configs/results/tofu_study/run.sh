@@ -3,9 +3,10 @@
 #     bash configs/results/tofu_study/run.sh
 # What is done is skipped and a killed run goes on. Several shells may share the work, each with
 # METHODS="simnpo npo" of its own; STAGE=sweep, seeds, samples or attacks does one stage only.
-#   SIZE=small  ten authors of TOFU; CPU, about twelve hours of one core
+#   SIZE=small  ten authors of TOFU; CPU, by estimate twelve hours of one core
 #   SIZE=all    the whole of TOFU, with SUBSET=forget10 or forget05; one GPU
 set -euo pipefail
+shopt -s inherit_errexit  # what fails in $(...) ends the script
 python=${PYTHON:-.venv/bin/python}
 here=$(dirname "$0")
 export PYTHONPATH=.
@@ -15,9 +16,9 @@ methods=${METHODS:-simnpo simnpo_readme npo graddiff idk dpo retain}
 rates="1.5e-4 5e-5"
 
 if [ "${SIZE:-small}" = all ]; then
-  study=out/study_all data=$tofu subset=${SUBSET:-forget10} epochs=5 dtype=bf16 rows=None
+  study=out/study_all data=$tofu subset=${SUBSET:-forget10} epochs=5 dtype=bf16
 else
-  study=out/study data=out/study_data subset=forget05 epochs=2 dtype=fp32 rows=40
+  study=out/study data=out/study_data subset=forget05 epochs=2 dtype=fp32
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   [ -d $data ] || $python $here/study.py data "$tofu" $data
 fi
@@ -42,16 +43,22 @@ unlearn() {  # method, rate, seed
     --eval_every=$epochs --resume=True --out="${study}_$1_$2_s$3"
 }
 
-chosen() {  # method: the rate that the rule takes; its sentence is kept
+chosen() {  # method: the rate that the rule takes; the sentence that says so is kept
   local choice="${study}_$1.choice" logs=""
   for rate in $rates; do logs="$logs ${study}_$1_${rate}_s0/examples.jsonl"; done
   # --out=out: beside the runs, whose scores of target and retain model are read again
   [ -s "$choice" ] || $python evaluate.py $logs $task $models --select=forget_quality --out=out |
     grep -- "--select=" > "$choice"
-  if grep -q "no run is chosen" "$choice"; then
-    echo "${rates##* }"
+  $python $here/study.py rate "$choice" $rates
+}
+
+runs_of() {  # method: its chosen runs; the retain model is the control
+  local rate
+  if [ $1 = retain ]; then
+    echo ${study}_retain
   else
-    sed "s/.*: .*${study##*/}_$1_\([^_]*\)_s0_examples.jsonl is chosen.*/\1/" "$choice"
+    rate=$(chosen $1)
+    echo ${study}_$1_${rate}_s[0-9]
   fi
 }
 
@@ -59,36 +66,32 @@ attack() {  # run directory, name of the attack, flags
   local out="${study}_attacks/${1##*/}_$2" run=$1
   shift 2
   [ -f "$out/relearn.csv" ] || $python relearn.py "$run" $task --control=False --lr=5e-5 \
-    --fraction=0.2 --batch_size=4 --epochs=4 --eval_at=20 --eval_rows=$rows --out="$out" "$@"
+    --fraction=0.2 --batch_size=4 --epochs=4 --eval_at=20 --eval_rows=40 --out="$out" "$@"
 }
 
 for stage in ${STAGE:-sweep seeds samples attacks}; do
   for method in $methods; do
-    if [ $stage = sweep ] && [ $method = retain ]; then
-      [ -f ${study}_ends/comparison.md ] || $python evaluate.py ${study}_target ${study}_retain \
-        $task $models --out=${study}_ends
-      continue
-    elif [ $stage = sweep ]; then
-      for rate in $rates; do unlearn $method "$rate" 0; done
-      continue
-    fi
-    runs=${study}_retain  # the control
-    [ $method = retain ] || runs=${study}_${method}_$(chosen $method)_s[0-9]
-    case $stage in
-      seeds)
-        [ $method = retain ] || for seed in 0 1 2; do
-          unlearn $method "$(chosen $method)" $seed
-        done ;;
-      samples)
+    case $stage,$method in
+      sweep,retain)
+        [ -f ${study}_ends/comparison.md ] || $python evaluate.py ${study}_target \
+          ${study}_retain $task $models --out=${study}_ends ;;
+      sweep,*) for rate in $rates; do unlearn $method "$rate" 0; done ;;
+      seeds,retain) ;;
+      seeds,*)
+        rate=$(chosen $method)
+        for seed in 0 1 2; do unlearn $method $rate $seed; done ;;
+      samples,*)
+        runs=$(runs_of $method)
         for run in $runs; do  # large batches: memory for speed, the same texts
-          attack $run samples --attacks=sample --samples=16 --micro_batch_tokens=4096
+          attack $run samples --attacks=sample --samples=16 --micro_batch_tokens=2048
         done ;;
-      attacks)
+      attacks,*)
+        runs=$(runs_of $method)
         for run in $runs; do
           attack $run shortest --attacks=relearn_shortest
           attack $run weights --attacks=int4,nf4,audits
         done
-        attack ${runs/"[0-9]"/0} random --attacks=relearn_random --seeds=0,1,2,3,4 ;;
+        attack ${runs%% *} random --attacks=relearn_random --seeds=0,1,2,3,4 ;;
     esac
   done
 done

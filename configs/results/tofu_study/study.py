@@ -1,15 +1,17 @@
-"""Data, tables and pictures of the study.
+"""Data, tables and picture of the study.
 
     PYTHONPATH=. python configs/results/tofu_study/study.py data locuslab/TOFU out/study_data
         # its data set, from TOFU's files
+    PYTHONPATH=. python configs/results/tofu_study/study.py rate out/study_npo.choice 1.5e-4 5e-5
+        # the rate that a choice takes; the lowest where every point is barred
     PYTHONPATH=. python configs/results/tofu_study/study.py collect out/study
         # keeps runs.jsonl, from what run.sh left in out/
     PYTHONPATH=. python configs/results/tofu_study/study.py
-        # tables and pictures, from runs.jsonl
+        # tables and picture, from runs.jsonl
 """
 import glob
-import json
 import os
+import re
 import statistics
 import sys
 
@@ -18,7 +20,7 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 import data
-from configs import tables
+from configs import rundir, tables
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KEPT = os.path.join(HERE, "runs.jsonl")
@@ -33,10 +35,10 @@ METHODS = {  # as run.sh calls it: (name, color, the same in all pictures)
     "retain": ("retain model", "black"),
 }
 ENDS = ("target", "retain")
-SAMPLED = 40  # questions, the first ones: run.sh's rows
+SAMPLED = 40  # questions, the first ones: run.sh's --eval_rows of attacks
 SETTINGS = (
     "forget_loss", "beta", "forget_weight", "retain_weight", "lr", "seed", "epochs", "batch_size",
-    "git")
+    "git", "seconds")
 
 # ------------------------------------------------------------------------------------------------
 # the data set: the last ten authors of TOFU, 20 questions each
@@ -57,27 +59,16 @@ def write_data(tofu, path):
         "world_facts_perturbed": data.read_config(tofu, "world_facts_perturbed", qa)[::3],
         "holdout05": data.read_config(tofu, "retain90", qa)[-100:],  # no model here has seen them
     }
-    os.makedirs(path, exist_ok=True)
     for name, some in files.items():
-        with open(os.path.join(path, f"{name}.jsonl"), "w", encoding="utf8") as f:
-            for row in some:
-                f.write(json.dumps(row) + "\n")
+        rundir.write_records(os.path.join(path, f"{name}.jsonl"), some)
 
 
 # ------------------------------------------------------------------------------------------------
 # from run directories to runs.jsonl: a row a model, {name, method, seed, scores, ...}
 
 
-def read(path):
-    if not os.path.isfile(path):
-        return {}
-    with open(path, encoding="utf8") as f:
-        return json.load(f)
-
-
 def read_lines(path):
-    with open(path, encoding="utf8") as f:
-        return [json.loads(line) for line in f]
+    return data.documents(data.read_text(path))
 
 
 def forget_questions(path):
@@ -89,74 +80,62 @@ def forget_questions(path):
 
 
 def attacks_on(study, name):
-    """The rows of every attack on a model, by the name that run.sh gave it."""
+    """{attack, as run.sh calls it: its rows} of those that were run on a model."""
     found = {}
     for attack in ("samples", "shortest", "random", "weights"):
-        rows = read(f"{study}_attacks/{name}_{attack}/relearn.json")
-        if rows:
-            found[attack] = rows
+        path = f"{study}_attacks/{name}_{attack}/relearn.json"
+        if os.path.isfile(path):
+            [found[attack]] = read_lines(path)
     return found
+
+
+def scored(study, name, folder):
+    """What is kept of a model whose scores are in `folder`."""
+    return {"scores": rundir.read_json(f"{folder}/scores.json"),
+            "questions": forget_questions(f"{folder}/examples.jsonl"),
+            "attacks": attacks_on(study, name)}
 
 
 def collect(study):
     rows = []
     for end in ENDS:
         name = f"{os.path.basename(study)}_{end}"
-        scored = f"{study}_ends/{name}"
-        rows.append({"name": name, "method": end, "seed": 0,
-                     "scores": read(f"{scored}/scores.json"),
-                     "questions": forget_questions(f"{scored}/examples.jsonl"),
-                     "attacks": attacks_on(study, name)})
+        row = {"name": name, "method": end, "seed": 0}
+        rows.append(row | scored(study, name, f"{study}_ends/{name}"))
     for method in METHODS:
         choice = f"{study}_{method}.choice"
         if os.path.isfile(choice):
-            with open(choice, encoding="utf8") as f:
-                rows.append({"name": f"choice_{method}", "sentence": f.read().strip()})
+            sentence = data.read_text(choice).strip()
+            rows.append({"name": f"choice_{method}", "sentence": sentence})
         for path in sorted(glob.glob(f"{study}_{method}_[0-9]*_s[0-9]/scores.json")):
             folder = os.path.dirname(path)
-            run = read(f"{folder}/run.json")
-            row = {"name": os.path.basename(folder), "method": method}
-            row |= {key: run[key] for key in SETTINGS}
-            row |= {"scores": read(path), "questions": forget_questions(f"{folder}/examples.jsonl"),
-                    "attacks": attacks_on(study, os.path.basename(folder))}
-            rows.append(row)
-    with open(KEPT, "w", encoding="utf8") as f:
-        for row in rows:
-            f.write(json.dumps(row) + "\n")
+            name = os.path.basename(folder)
+            run = rundir.read_json(f"{folder}/run.json")
+            row = {"name": name, "method": method} | {key: run[key] for key in SETTINGS}
+            rows.append(row | scored(study, name, folder))
+    rundir.write_records(KEPT, rows)
 
 
 # ------------------------------------------------------------------------------------------------
 # the chosen points
 
 
-def chosen_name(row):
-    """The run whose examples.jsonl a choice names; None where both points were barred."""
-    words = row["sentence"].split(" is chosen")[0].split(": ")[-1]
-    return None if words == "no run" else words.removesuffix("_examples.jsonl")
+def chosen_rate(sentence, rates):
+    """The rate whose point a choice names; the lowest where every point is barred."""
+    match = re.search(r"_([^_]+)_s0_examples\.jsonl is chosen", sentence)
+    return match[1] if match else min(rates, key=float)
 
 
 def chosen(rows):
     """{method: its chosen runs, a seed each}; the ends are a run each."""
-    choices = {}
+    found = {row["method"]: [row] for row in rows if row.get("method") in ENDS}
     for row in rows:
-        if row["name"].startswith("choice_"):
-            choices[row["name"].removeprefix("choice_")] = chosen_name(row)
-    found = {}
-    for row in rows:
-        method = row.get("method")
-        if method in ENDS:
-            found[method] = [row]
-        elif method in choices:
-            lowest = min(r["lr"] for r in rows if r.get("method") == method)
-            barred = choices[method] is None
-            if row["lr"] == lowest if barred else is_rate_of(row["name"], choices[method]):
-                found.setdefault(method, []).append(row)
+        if "sentence" in row:
+            method = row["name"].removeprefix("choice_")
+            runs = [run for run in rows if run.get("method") == method]
+            rate = float(chosen_rate(row["sentence"], [run["lr"] for run in runs]))
+            found[method] = [run for run in runs if run["lr"] == rate]
     return found
-
-
-def is_rate_of(name, choice):
-    """Is a run one of the chosen one's seeds? Labels of logs are whole paths, out_study_..."""
-    return choice.rsplit("_s", 1)[0].endswith(name.rsplit("_s", 1)[0])
 
 
 def spread(values):
@@ -201,34 +180,21 @@ def score_table(runs_of):
     return table
 
 
-def last_rows(runs, attack, kind):
-    """The last row of each run and attack seed, of one kind of attack."""
-    found = []
+def attacked(runs, attack, kind):
+    """[the rows of one kind of attack] of each run and each of the attack's seeds."""
+    curves = {}
     for run in runs:
-        by_seed = {}
         for row in run["attacks"].get(attack, []):
             if row["attack"] == kind:
-                by_seed[row["seed"]] = row
-        found += by_seed.values()
-    return found
-
-
-def first_rows(runs, attack, kind):
-    found = []
-    for run in runs:
-        by_seed = {}
-        for row in run["attacks"].get(attack, []):
-            if row["attack"] == kind:
-                by_seed.setdefault(row["seed"], row)
-        found += by_seed.values()
-    return found
+                curves.setdefault((run["name"], row["seed"]), []).append(row)
+    return list(curves.values())
 
 
 def leak_table(runs_of):
     """Of the questions that were sampled: the greedy answers' ROUGE, and leak@k."""
     table = {}
     for method, runs in runs_of.items():
-        rows = last_rows(runs, "samples", "sample")
+        rows = [curve[-1] for curve in attacked(runs, "samples", "sample")]
         if not rows:
             continue
         sampled = [run for run in runs if "samples" in run["attacks"]]
@@ -246,13 +212,12 @@ def relearn_table(runs_of):
     for method, runs in runs_of.items():
         line = {}
         for attack in ("random", "shortest"):
-            before = first_rows(runs, attack, f"relearn_{attack}")
-            after = last_rows(runs, attack, f"relearn_{attack}")
-            if after:
-                prob = "unseen_forget_prob"
-                line[f"{attack}, before"] = spread([row[prob] for row in before])
-                line[f"{attack}, after"] = spread([row[prob] for row in after])
-                line[f"{attack}, recovered"] = spread([row.get("recovered") for row in after])
+            curves = attacked(runs, attack, f"relearn_{attack}")
+            for stage, at in (("before", 0), ("after", -1)) if curves else ():
+                probs = [curve[at]["unseen_forget_prob"] for curve in curves]
+                line[f"{attack}, {stage}"] = spread(probs)
+            if curves:
+                line[f"{attack}, recovered"] = spread([c[-1].get("recovered") for c in curves])
         if line:
             table[METHODS[method][0]] = line
     return table
@@ -266,10 +231,10 @@ def weights_table(runs_of):
     for method, runs in runs_of.items():
         line = {}
         for grid in ("int4", "nf4"):
-            rows = last_rows(runs, "weights", grid)
-            if rows:
-                line[f"forget_prob, {grid}"] = spread([row["forget_prob"] for row in rows])
-        audits = last_rows(runs, "weights", "audits")
+            curves = attacked(runs, "weights", grid)
+            if curves:
+                line[f"forget_prob, {grid}"] = spread([c[-1]["forget_prob"] for c in curves])
+        audits = [curve[-1] for curve in attacked(runs, "weights", "audits")]
         for key in columns if audits else ():
             line[key] = spread([row.get(key) for row in audits])
         if line:
@@ -324,7 +289,7 @@ def show(rows):
 
 
 # ------------------------------------------------------------------------------------------------
-# pictures
+# the picture
 
 
 def middle(value):
@@ -399,7 +364,7 @@ def draw_bias(axes, rows, runs_of):
              title="Forgetting question by question, seed 0")
 
 
-def pictures(rows):
+def draw(rows):
     runs_of = chosen(rows)
     figure = Figure(figsize=(11, 8.5), layout="constrained")
     panels = figure.subplots(2, 2).flat
@@ -413,14 +378,17 @@ def pictures(rows):
 
 
 def main(words):
-    if words[:1] == ["data"]:
-        write_data(*words[1:3])
-        return
-    if words[:1] == ["collect"]:
-        collect(words[1])
+    command, *words = words or ["show"]
+    if command == "data":
+        return write_data(*words)
+    if command == "rate":
+        choice, *rates = words
+        return print(chosen_rate(data.read_text(choice), rates))
+    if command == "collect":
+        collect(*words)
     rows = read_lines(KEPT)
     show(rows)
-    pictures(rows)
+    draw(rows)
 
 
 if __name__ == "__main__":
