@@ -2,7 +2,8 @@
 # The study that README.md beside this file describes. From the project's root:
 #     bash configs/results/tofu_study/run.sh
 # What is done is skipped and a killed run goes on. Several shells may share the work, each with
-# METHODS="simnpo npo" of its own; STAGE=sweep, seeds, samples or attacks does one stage only.
+# METHODS="simnpo npo" of its own. STAGE="sweep seeds" does these stages only; there are
+# sweep, seeds, samples, shortest, random and weights.
 #   SIZE=small  ten authors of TOFU; CPU, by estimate twelve hours of one core
 #   SIZE=all    the whole of TOFU, with SUBSET=forget10 or forget05; one GPU
 set -euo pipefail
@@ -69,7 +70,7 @@ attack() {  # run directory, name of the attack, flags
     --fraction=0.2 --batch_size=4 --epochs=4 --eval_at=20 --eval_rows=40 --out="$out" "$@"
 }
 
-for stage in ${STAGE:-sweep seeds samples attacks}; do
+for stage in ${STAGE:-sweep seeds samples shortest random weights}; do
   for method in $methods; do
     case $stage,$method in
       sweep,retain)
@@ -85,13 +86,15 @@ for stage in ${STAGE:-sweep seeds samples attacks}; do
         for run in $runs; do  # large batches: memory for speed, the same texts
           attack $run samples --attacks=sample --samples=16 --micro_batch_tokens=2048
         done ;;
-      attacks,*)
+      shortest,*)
         runs=$(runs_of $method)
-        for run in $runs; do
-          attack $run shortest --attacks=relearn_shortest
-          attack $run weights --attacks=int4,nf4,audits
-        done
+        for run in $runs; do attack $run shortest --attacks=relearn_shortest; done ;;
+      random,*)
+        runs=$(runs_of $method)
         attack ${runs%% *} random --attacks=relearn_random --seeds=0,1,2,3,4 ;;
+      weights,*)
+        runs=$(runs_of $method)
+        attack ${runs%% *} weights --attacks=int4,nf4,audits ;;
     esac
   done
 done

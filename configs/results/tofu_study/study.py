@@ -18,6 +18,7 @@ import sys
 import numpy as np
 import scipy.stats
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 import data
 from configs import rundir, tables
@@ -34,6 +35,8 @@ METHODS = {  # as run.sh calls it: (name, color, the same in all pictures)
     "target": ("target", "gray"),
     "retain": ("retain model", "black"),
 }
+COLORS = {method: color for method, (_, color) in METHODS.items()}
+MARKERS = {"target": "s", "retain": "*"}  # others: a circle
 ENDS = ("target", "retain")
 SAMPLED = 40  # questions, the first ones: run.sh's --eval_rows of attacks
 SETTINGS = (
@@ -111,8 +114,9 @@ def collect(study):
             folder = os.path.dirname(path)
             name = os.path.basename(folder)
             run = rundir.read_json(f"{folder}/run.json")
-            row = {"name": name, "method": method} | {key: run[key] for key in SETTINGS}
-            rows.append(row | scored(study, name, folder))
+            if "seconds" in run:  # it has ended
+                row = {"name": name, "method": method} | {key: run[key] for key in SETTINGS}
+                rows.append(row | scored(study, name, folder))
     rundir.write_records(KEPT, rows)
 
 
@@ -243,11 +247,12 @@ def weights_table(runs_of):
 
 
 def forgetting(rows, run):
-    """(the target's log-prob a token, how far it fell, answer tokens) of each forget question."""
+    """Of each forget question: how far its log-prob per token fell, and what that may hang on."""
     [target] = [row for row in rows if row.get("method") == "target"]
-    before = -np.array(target["questions"]["nll"])
+    confidence = -np.array(target["questions"]["nll"])
     after = -np.array(run["questions"]["nll"])
-    return before, before - after, np.array(target["questions"]["n_tokens"])
+    n_tokens = np.array(target["questions"]["n_tokens"])
+    return {"fell": confidence - after, "confidence": confidence, "n_tokens": n_tokens}
 
 
 def bias_table(rows, runs_of):
@@ -258,8 +263,9 @@ def bias_table(rows, runs_of):
             continue
         confidence, length, share = [], [], []
         for run in runs:
-            before, fell, n_tokens = forgetting(rows, run)
-            confidence.append(scipy.stats.spearmanr(before, fell).statistic)
+            columns = forgetting(rows, run)
+            fell, n_tokens = columns["fell"], columns["n_tokens"]
+            confidence.append(scipy.stats.spearmanr(columns["confidence"], fell).statistic)
             length.append(scipy.stats.spearmanr(n_tokens, fell).statistic)
             short = n_tokens <= np.median(n_tokens)
             share.append(fell[short].mean() / fell[~short].mean())
@@ -289,7 +295,7 @@ def show(rows):
 
 
 # ------------------------------------------------------------------------------------------------
-# the picture
+# pictures: study.png, and overview.png for README
 
 
 def middle(value):
@@ -297,84 +303,107 @@ def middle(value):
     return value if isinstance(value, tuple) else (value, 0)
 
 
-def draw_scores(axes, runs_of):
+def draw_scores(axes, rows, runs_of):
     """Forget quality against utility, mean and standard deviation over seeds."""
     for method, runs in runs_of.items():
-        name, color = METHODS[method]
         x, x_error = middle(spread([run["scores"]["model_utility"] for run in runs]))
         # the retain model is the reference: the p-value of equal samples
         y, y_error = middle(spread([run["scores"].get("forget_quality", 1) for run in runs]))
-        marker = {"target": "s", "retain": "*"}.get(method, "o")
-        axes.errorbar(x, y, xerr=x_error, yerr=[[min(y_error, 0.9 * y)], [y_error]], fmt=marker,
-                      color=color, markersize=10, capsize=3, label=name)
+        axes.errorbar(x, y, xerr=x_error, yerr=[[min(y_error, 0.9 * y)], [y_error]],
+                      fmt=MARKERS.get(method, "o"), color=COLORS[method], markersize=9, capsize=3)
     axes.axhline(0.05, color="gray", linestyle=":")
     axes.set(yscale="log", xlabel="model utility (better to the right)",
              ylabel="forget quality, p-value (better upwards)",
-             title="Forgetting against utility (dotted: p = 0.05)")
+             title="Forget quality and utility (dotted: p = 0.05)")
 
 
-def draw_leaks(axes, runs_of):
+def draw_trade(axes, rows, runs_of):
+    """What is kept against what is forgotten: both rates hollow, the chosen one filled."""
+    def at(run):
+        return run["scores"]["forget_prob"], run["scores"]["retain_rouge"]
+
+    for method, runs in runs_of.items():
+        tried = [row for row in rows if row.get("method") == method and row["seed"] == 0]
+        marker, color = MARKERS.get(method, "o"), COLORS[method]
+        axes.plot(*zip(*map(at, tried)), marker, linestyle="-", color=color, fillstyle="none",
+                  markersize=7, linewidth=0.8)
+        (x, x_error), (y, y_error) = (middle(spread(some)) for some in zip(*map(at, runs)))
+        axes.errorbar(x, y, xerr=x_error, yerr=y_error, fmt=marker, color=color, markersize=8,
+                      capsize=3)
+    axes.set(xlabel="forget probability of the true answer",
+             ylabel="retain ROUGE-L recall (better upwards)", xlim=(-0.03, 1.03), ylim=(0, 1.05),
+             title="What is kept and what is forgotten (star: the aim)")
+
+
+def draw_leaks(axes, rows, runs_of):
     """What the best of k sampled answers says: leak@k over k."""
     for method, runs in runs_of.items():
-        values = []
-        for run in runs:
-            curve = [row["leak"] for row in run["attacks"].get("samples", [])]
-            if curve:
-                values.append(curve)
-        if values:
+        curves = attacked(runs, "samples", "sample")
+        if curves:
+            k = [row["k"] for row in curves[0]]
+            values = [[row["leak"] for row in curve] for curve in curves]
             mean, error = np.mean(values, 0), np.std(values, 0, ddof=len(values) > 1)
-            k = [4 ** i for i in range(len(mean))]
-            axes.errorbar(k, mean, yerr=error, fmt=".-", color=METHODS[method][1], capsize=3)
-    axes.set(xscale="log", xlabel="k, sampled answers to a question",
-             ylabel="leak@k, ROUGE-L recall of the best", title="What sampling brings out",
-             xticks=(1, 4, 16), xticklabels=("1", "4", "16"))
+            axes.errorbar(k, mean, yerr=error, fmt=".-", color=COLORS[method], capsize=3)
+            axes.set(xscale="log", xticks=k, xticklabels=k)
     axes.minorticks_off()
+    axes.set(xlabel="k, sampled answers to a question", title="What sampling brings out",
+             ylabel="leak@k: ROUGE-L recall of the best")
 
 
-def draw_relearning(axes, runs_of):
+def draw_relearning(axes, rows, runs_of):
     """Forget probability of the questions that were not relearned, before and after."""
     table = relearn_table(runs_of)
-    colors = dict(METHODS.values())
+    colors = {METHODS[method][0]: COLORS[method] for method in runs_of}
     for i, attack in enumerate(("random", "shortest")):
         shown = {name: line for name, line in table.items() if f"{attack}, after" in line}
         for j, (name, line) in enumerate(shown.items()):
-            at = i + 0.8 * (j - (len(shown) - 1) / 2) / max(len(shown), 1)
+            x = i + 0.8 * (j - (len(shown) - 1) / 2) / len(shown)
             before, _ = middle(line[f"{attack}, before"])
             after, error = middle(line[f"{attack}, after"])
-            axes.plot([at, at], [before, after], color=colors[name], linewidth=1.5)
-            axes.plot(at, before, "_", color=colors[name], markersize=10)
-            axes.errorbar(at, after, yerr=error, fmt="^", color=colors[name], capsize=3)
+            axes.plot([x, x], [before, after], color=colors[name], linewidth=1.5)
+            axes.plot(x, before, "_", color=colors[name], markersize=10)
+            axes.errorbar(x, after, yerr=error, fmt="^", color=colors[name], capsize=3)
     axes.set(xticks=(0, 1), xticklabels=("20 random questions", "the 20 shortest answers"),
              xlim=(-0.6, 1.6), ylabel="forget probability of the others", ylim=(0, 1),
              title="Relearning: before (bar) and after (triangle)")
 
 
-def draw_bias(axes, rows, runs_of):
-    """How far each question fell, against the target's confidence: SimNPO and NPO."""
+def draw_bias(axes, rows, runs_of, column, xlabel, title):
+    """How far each question fell, against a column of `forgetting`: SimNPO and NPO, a line each."""
     for method in ("simnpo", "npo"):
         if method in runs_of:
-            color = METHODS[method][1]
-            before, fell, _ = forgetting(rows, runs_of[method][0])
-            axes.plot(before, fell, ".", color=color, alpha=0.6)
-            slope, start = np.polyfit(before, fell, 1)
-            ends = np.array([before.min(), before.max()])
-            axes.plot(ends, start + slope * ends, color=color)
-    axes.set(xlabel="target's log-prob of the answer, per token",
-             ylabel="how far unlearning lowered it (nats)",
-             title="Forgetting question by question, seed 0")
+            columns = forgetting(rows, runs_of[method][0])
+            x, fell = columns[column], columns["fell"]
+            axes.plot(x, fell, ".", color=COLORS[method], alpha=0.6)
+            slope, start = np.polyfit(x, fell, 1)
+            ends = np.array([x.min(), x.max()])
+            axes.plot(ends, start + slope * ends, color=COLORS[method])
+    axes.set(xlabel=xlabel, title=title, ylabel="fall of the log-prob (nats per token)")
 
 
-def draw(rows):
+def draw_confidence(axes, rows, runs_of):
+    draw_bias(axes, rows, runs_of, "confidence", "target's log-prob of the answer, per token",
+              "Forgetting by the target's confidence, seed 0")
+
+
+def draw_lengths(axes, rows, runs_of):
+    draw_bias(axes, rows, runs_of, "n_tokens", "tokens of the answer",
+              "Forgetting by length, seed 0")
+
+
+def draw(name, rows, *panels, height):
+    """One figure, two panels a row, its legend below them."""
     runs_of = chosen(rows)
-    figure = Figure(figsize=(11, 8.5), layout="constrained")
-    panels = figure.subplots(2, 2).flat
-    draw_scores(panels[0], runs_of)
-    draw_leaks(panels[1], runs_of)
-    draw_relearning(panels[2], runs_of)
-    draw_bias(panels[3], rows, runs_of)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    figure.savefig(os.path.join(HERE, "study.png"), dpi=110)
+    figure = Figure(figsize=(11, height), layout="constrained")
+    all_axes = figure.subplots(len(panels) // 2, 2).flat
+    for axes, panel in zip(all_axes, panels):
+        panel(axes, rows, runs_of)
+    handles = []
+    for method in runs_of:
+        style = {"marker": MARKERS.get(method, "o"), "color": COLORS[method], "linestyle": ""}
+        handles.append(Line2D([], [], label=METHODS[method][0], **style))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.savefig(os.path.join(HERE, name), dpi=110)
 
 
 def main(words):
@@ -388,7 +417,9 @@ def main(words):
         collect(*words)
     rows = read_lines(KEPT)
     show(rows)
-    draw(rows)
+    draw("study.png", rows, draw_scores, draw_trade, draw_leaks, draw_relearning,
+         draw_confidence, draw_lengths, height=12)
+    draw("overview.png", rows, draw_trade, draw_leaks, height=4.6)
 
 
 if __name__ == "__main__":
