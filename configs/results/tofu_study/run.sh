@@ -95,6 +95,7 @@ for stage in ${STAGE:-sweep seeds samples shortest random weights}; do
       weights,*)
         runs=$(runs_of $method)
         attack ${runs%% *} weights --attacks=int4,nf4,audits ;;
+      *) echo "STAGE=$stage: no such stage" >&2; exit 2 ;;
     esac
   done
 done
