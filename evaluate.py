@@ -656,7 +656,7 @@ def degenerate(records):
     return np.mean([*map(is_degenerate, answers)]) if answers else None
 
 
-def evaluate(lm, tokenizer, bench, c, proc, retain_records=None, target_records=None) -> tuple:
+def evaluate(lm, tokenizer, bench, c, proc, retain_records=None, target_records=None):
     """(scores, records) of a model as it is: the one function behind every number here."""
     with proc.clock.phase("scoring"):
         was_training = lm.training
@@ -668,7 +668,7 @@ def evaluate(lm, tokenizer, bench, c, proc, retain_records=None, target_records=
         return summarize(records, retain_records, c, target_records), records
 
 
-def summarize(records: list, retain_records: list | None, c, target_records=None) -> dict:
+def summarize(records, retain_records, c, target_records=None):
     """{score: value} of records, against the retain model's and the target's where given."""
     for record in records + (retain_records or []):
         name = record["set"]
@@ -826,7 +826,7 @@ def reference_path(c, name, bench):
     return os.path.join(os.path.dirname(os.path.normpath(c.out)), ".scored", f"{digest}.jsonl")
 
 
-def reference(c, proc, name: str, bench, loaded: tuple | None = None) -> list:
+def reference(c, proc, name, bench, loaded=None):
     """Records of a target or retain model: computed once, then read from <out's parent>/.scored.
 
     loaded: (lm, tokenizer) of the model, where they are in memory.
@@ -842,7 +842,7 @@ def reference(c, proc, name: str, bench, loaded: tuple | None = None) -> list:
     return records
 
 
-def retain_reference(c, proc, bench) -> list | None:
+def retain_reference(c, proc, bench):
     """Records of the retain model, or None where none is named."""
     if c.retain_log:
         return recorded.read_log(c.retain_log)

@@ -53,10 +53,14 @@ class Attacked:
     target: list | None  # of the model that it was unlearned from
     seed: int = 0
 
-    def score(self, lm, tokenizer, seen=()):
-        """The scores of all questions, of those not in `seen`, and how much is recovered."""
-        scores, records = evaluate.evaluate(
-            lm, tokenizer, self.bench, self.c, self.proc, self.retain, self.target)
+    def score(self, lm, tokenizer, seen=(), records=None):
+        """The scores of all questions, of those not in `seen`, and how much is recovered.
+
+        records: of this model, where it has been scored already.
+        """
+        if not records:
+            _, records = evaluate.evaluate(lm, tokenizer, self.bench, self.c, self.proc)
+        scores = evaluate.summarize(records, self.retain, self.c, self.target)
         rest = forget_records(records, seen)
         if seen and rest and rest[0]["set"] == "forget":
             retain = forget_records(self.retain, seen) or None
@@ -118,13 +122,19 @@ def relearn(a, lm, tokenizer, how):
     rows = [examples[i].row for i in chosen]
     seen = {row.get("question") or row.get("text") for row in rows}
 
-    out = os.path.join(a.c.out, "relearn", f"{a.label}_{how}_{a.seed}")
+    out = f"{a.c.out}/relearn/{a.label}_{how}_{a.seed}"
     c = dataclasses.replace(a.c, seed=a.seed, out=out)
     run = rundir.RunDirectory(c, a.proc)
     run.resumable = False
+
+    def score(step, epoch):
+        records = None
+        if step == 0:  # the model as it is: scored once, for all seeds
+            records = evaluate.reference(a.c, a.proc, a.name, a.bench, (lm, tokenizer))
+        return a.score(lm, tokenizer, seen, records)
+
     with run.watch_signals(), a.proc.clock.phase("training"):
-        log = unlearn.train(c, a.proc, lm, {"forget": [groups[i] for i in chosen]},
-                            lambda step, epoch: a.score(lm, tokenizer, seen), run,
+        log = unlearn.train(c, a.proc, lm, {"forget": [groups[i] for i in chosen]}, score, run,
                             title=f"relearn {a.label}")
     return [row for row in log if "loss" not in row]
 
@@ -315,7 +325,7 @@ def attack_all(a, controls):
                 controls[key] = attack(control, *job)
             rows += controls[key]
         if a.proc.rank == 0:  # what is done is kept, whatever becomes of the next attack
-            rundir.write(os.path.join(a.c.out, "relearn.json"), json.dumps(rows, indent=1) + "\n")
+            rundir.write(f"{a.c.out}/relearn.json", json.dumps(rows, indent=1) + "\n")
     return rows
 
 
@@ -494,10 +504,10 @@ def main(argv):
         rows = attack_all(a, controls)
         lines = lines_of(a, rows)
         if proc.rank == 0:
-            path = os.path.join(c.out, "relearn")
+            path = f"{c.out}/relearn"
             report(path, lines, proc, with_spread=True)
             draw(f"{path}.png", "epoch", grouped(rows))
-            draw(os.path.join(c.out, "leak.png"), "k", grouped(rows))
+            draw(f"{c.out}/leak.png", "k", grouped(rows))
             proc.say(f"{c.out}: relearn.json; curves, if there are any, in relearn.png, leak.png")
         control = os.path.basename(os.path.normpath(c.retain_model or CONTROL))
         for (model, stage), several in lines.items():

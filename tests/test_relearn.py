@@ -90,6 +90,25 @@ def test_the_same_attack_gives_the_same_curve(run, tmp_path):
     assert len(rows_of(tmp_path / "a")) > 1
 
 
+def test_a_models_start_is_scored_once_whatever_the_number_of_seeds(run, tmp_path, monkeypatch):
+    scored = []
+
+    def record(*args):
+        scored.append(args)
+        return evaluate_as_it_is(*args)
+
+    evaluate_as_it_is = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", record)
+    relearn.main([str(run), "--epochs=1", "--eval_every=1", "--fraction=0.34", "--lr=0.01",
+                  "--seeds=1,2,3", f"--out={tmp_path / 'new' / 'attacked'}"])
+    # target, run and retain model; then three curves of the run and of the retain model
+    assert len(scored) == 3 + 2 * 3
+    starts = select(rows_of(tmp_path / "new" / "attacked"), model="run", step=0)
+    assert len(starts) == 3
+    for start in starts:
+        assert start["forget_prob"] == pytest.approx(scores_of(run)["forget_prob"], rel=1e-6)
+
+
 def test_shortest_takes_the_shortest_answers_and_random_follows_its_seed():
     examples = [data.Example([0] * (3 + n), 3) for n in (5, 2, 9, 1, 4)]
     assert relearn.choose("shortest", examples, 2, None) == [3, 1]
