@@ -3,7 +3,7 @@
 #     bash configs/results/tofu_study/run.sh
 # What is done is skipped and a killed run goes on. Several shells may share the work, each with
 # METHODS="simnpo npo" of its own. STAGE="sweep seeds" does these stages only; there are
-# sweep, seeds, samples, shortest, random and weights.
+# sweep, seeds, samples, shortest, random, weights and added (README: added after the sweep).
 #   SIZE=small  ten authors of TOFU; CPU, by estimate twelve hours of one core
 #   SIZE=all    the whole of TOFU, with SUBSET=forget10 or forget05; one GPU
 set -euo pipefail
@@ -70,7 +70,15 @@ attack() {  # run directory, name of the attack, flags
     --fraction=0.2 --batch_size=4 --epochs=4 --eval_at=20 --eval_rows=40 --out="$out" "$@"
 }
 
-for stage in ${STAGE:-sweep seeds samples shortest random weights}; do
+sample() {  # run directory; large batches: memory for speed, the same texts
+  attack $1 samples --attacks=sample --samples=16 --micro_batch_tokens=2048
+}
+
+relearn_shortest() {  # run directory
+  attack $1 shortest --attacks=relearn_shortest
+}
+
+for stage in ${STAGE:-sweep seeds samples shortest random weights added}; do
   for method in $methods; do
     case $stage,$method in
       sweep,retain)
@@ -83,18 +91,23 @@ for stage in ${STAGE:-sweep seeds samples shortest random weights}; do
         for seed in 0 1 2; do unlearn $method $rate $seed; done ;;
       samples,*)
         runs=$(runs_of $method)
-        for run in $runs; do  # large batches: memory for speed, the same texts
-          attack $run samples --attacks=sample --samples=16 --micro_batch_tokens=2048
-        done ;;
+        for run in $runs; do sample $run; done ;;
       shortest,*)
         runs=$(runs_of $method)
-        for run in $runs; do attack $run shortest --attacks=relearn_shortest; done ;;
+        for run in $runs; do relearn_shortest $run; done ;;
       random,*)
         runs=$(runs_of $method)
         attack ${runs%% *} random --attacks=relearn_random --seeds=0,1,2,3,4 ;;
       weights,*)
         runs=$(runs_of $method)
         attack ${runs%% *} weights --attacks=int4,nf4,audits ;;
+      added,simnpo|added,npo)
+        for seed in 0 1 2; do
+          unlearn $method 1.5e-4 $seed
+          sample ${study}_${method}_1.5e-4_s$seed
+          relearn_shortest ${study}_${method}_1.5e-4_s$seed
+        done ;;
+      added,*) ;;
       *) echo "STAGE=$stage: no such stage" >&2; exit 2 ;;
     esac
   done

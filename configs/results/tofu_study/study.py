@@ -9,6 +9,7 @@
     PYTHONPATH=. python configs/results/tofu_study/study.py
         # tables and picture, from runs.jsonl
 """
+import dataclasses
 import glob
 import os
 import re
@@ -130,16 +131,52 @@ def chosen_rate(sentence, rates):
     return match[1] if match else min(rates, key=float)
 
 
-def chosen(rows):
-    """{method: its chosen runs, a seed each}; the ends are a run each."""
-    found = {row["method"]: [row] for row in rows if row.get("method") in ENDS}
+@dataclasses.dataclass
+class Point:
+    """A method at one rate, in all its seeds; target and retain model have one run and no rate."""
+    method: str
+    rate: float | None
+    runs: list
+    chosen: bool
+
+    @property
+    def name(self):
+        """The method; with its rate where the rule does not choose it."""
+        name = METHODS[self.method][0]
+        return name if self.chosen else f"{name}, lr {self.rate:g}"
+
+    @property
+    def label(self):
+        return self.name if self.method in ENDS else f"{self.name} (n={len(self.runs)})"
+
+    @property
+    def style(self):
+        """Filled and solid where it is chosen, else hollow and dashed."""
+        if self.chosen:
+            return {"color": COLORS[self.method]}
+        return {"color": COLORS[self.method], "linestyle": "--", "fillstyle": "none"}
+
+    @property
+    def marker(self):
+        return MARKERS.get(self.method, "o")
+
+
+def points_of(rows):
+    """All points: target, retain model, then each method's rates, the chosen one first."""
+    points = []
+    for row in rows:
+        if row.get("method") in ENDS:
+            points.append(Point(row["method"], None, [row], chosen=True))
     for row in rows:
         if "sentence" in row:
             method = row["name"].removeprefix("choice_")
             runs = [run for run in rows if run.get("method") == method]
-            rate = float(chosen_rate(row["sentence"], [run["lr"] for run in runs]))
-            found[method] = [run for run in runs if run["lr"] == rate]
-    return found
+            rates = {run["lr"] for run in runs}
+            best = float(chosen_rate(row["sentence"], rates))
+            for rate in sorted(rates, key=lambda rate: rate != best):
+                seeds = [run for run in runs if run["lr"] == rate]
+                points.append(Point(method, rate, seeds, chosen=rate == best))
+    return points
 
 
 def spread(values):
@@ -148,10 +185,6 @@ def spread(values):
     if len(values) < 2:
         return values[0] if values else None
     return statistics.mean(values), statistics.stdev(values)
-
-
-def label(method, runs):
-    return f"{METHODS[method][0]} (n={len(runs)})" if method not in ENDS else METHODS[method][0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -171,78 +204,78 @@ def sweep_table(rows):
     return table
 
 
-def score_table(runs_of):
+def score_table(points):
     columns = (
         "forget_quality", "model_utility", "forget_prob", "forget_rouge",
         "forget_paraphrased_prob", "degenerate", "retain_prob", "retain_rouge",
         "real_authors_prob", "real_authors_rouge", "world_facts_prob", "world_facts_rouge")
     table = {}
-    for method, runs in runs_of.items():
-        scores = [run["scores"] for run in runs]
+    for point in points:
+        scores = [run["scores"] for run in point.runs]
         values = {key: spread([some.get(key) for some in scores]) for key in columns}
-        table[label(method, runs)] = values
+        table[point.label] = values
     return table
 
 
-def attacked(runs, attack, kind):
+def attacked(point, attack, kind):
     """[the rows of one kind of attack] of each run and each of the attack's seeds."""
     curves = {}
-    for run in runs:
+    for run in point.runs:
         for row in run["attacks"].get(attack, []):
             if row["attack"] == kind:
                 curves.setdefault((run["name"], row["seed"]), []).append(row)
     return list(curves.values())
 
 
-def leak_table(runs_of):
+def leak_table(points):
     """Of the questions that were sampled: the greedy answers' ROUGE, and leak@k."""
     table = {}
-    for method, runs in runs_of.items():
-        rows = [curve[-1] for curve in attacked(runs, "samples", "sample")]
+    for point in points:
+        rows = [curve[-1] for curve in attacked(point, "samples", "sample")]
         if not rows:
             continue
-        sampled = [run for run in runs if "samples" in run["attacks"]]
+        sampled = [run for run in point.runs if "samples" in run["attacks"]]
         greedy = [statistics.mean(run["questions"]["rouge"][:SAMPLED]) for run in sampled]
         line = {"greedy ROUGE": spread(greedy)}
         for k in (1, 4, 16):
             line[f"leak@{k}"] = spread([row[f"leak_at_{k}"] for row in rows])
-        table[f"{METHODS[method][0]} (n={len(rows)})"] = line
+        table[f"{point.name} (n={len(rows)})"] = line
     return table
 
 
-def relearn_table(runs_of):
+def relearn_table(points):
     """Forget probability of the questions that were not relearned, before and after."""
     table = {}
-    for method, runs in runs_of.items():
+    for point in points:
         line = {}
         for attack in ("random", "shortest"):
-            curves = attacked(runs, attack, f"relearn_{attack}")
+            curves = attacked(point, attack, f"relearn_{attack}")
             for stage, at in (("before", 0), ("after", -1)) if curves else ():
                 probs = [curve[at]["unseen_forget_prob"] for curve in curves]
                 line[f"{attack}, {stage}"] = spread(probs)
             if curves:
                 line[f"{attack}, recovered"] = spread([c[-1].get("recovered") for c in curves])
         if line:
-            table[METHODS[method][0]] = line
+            table[point.name] = line
     return table
 
 
-def weights_table(runs_of):
+def weights_table(points):
     """Forget probability of the rounded weights, and the audits of the unrounded ones."""
     columns = ("exact_memorization", "extraction_strength", "mia_loss", "mia_min_k_pp",
                "mia_reference", "privleak")
     table = {}
-    for method, runs in runs_of.items():
+    for point in points:
         line = {}
         for grid in ("int4", "nf4"):
-            curves = attacked(runs, "weights", grid)
+            curves = attacked(point, "weights", grid)
             if curves:
                 line[f"forget_prob, {grid}"] = spread([c[-1]["forget_prob"] for c in curves])
-        audits = [curve[-1] for curve in attacked(runs, "weights", "audits")]
+        audits = [curve[-1] for curve in attacked(point, "weights", "audits")]
         for key in columns if audits else ():
             line[key] = spread([row.get(key) for row in audits])
         if line:
-            table[label(method, runs)] = line
+            table[point.name] = line
     return table
 
 
@@ -255,21 +288,21 @@ def forgetting(rows, run):
     return {"fell": confidence - after, "confidence": confidence, "n_tokens": n_tokens}
 
 
-def bias_table(rows, runs_of):
+def bias_table(rows, points):
     """Spearman's rank correlation of a question's forgetting with its confidence and length."""
     table = {}
-    for method, runs in runs_of.items():
-        if method in ENDS:
+    for point in points:
+        if point.method in ENDS:
             continue
         confidence, length, share = [], [], []
-        for run in runs:
+        for run in point.runs:
             columns = forgetting(rows, run)
             fell, n_tokens = columns["fell"], columns["n_tokens"]
             confidence.append(scipy.stats.spearmanr(columns["confidence"], fell).statistic)
             length.append(scipy.stats.spearmanr(n_tokens, fell).statistic)
             short = n_tokens <= np.median(n_tokens)
             share.append(fell[short].mean() / fell[~short].mean())
-        table[label(method, runs)] = {
+        table[point.label] = {
             "with the target's confidence": spread(confidence),
             "with the answer's length": spread(length),
             "short half / long half": spread(share),
@@ -278,17 +311,17 @@ def bias_table(rows, runs_of):
 
 
 def show(rows):
-    runs_of = chosen(rows)
+    points = [point for point in points_of(rows) if point.chosen or len(point.runs) > 1]
     for row in rows:
         if "sentence" in row:
             print(row["sentence"])
     for title, table in {
         "The sweep, seed 0": sweep_table(rows),
-        "The chosen points, mean and standard deviation over seeds": score_table(runs_of),
-        "Sampled answers": leak_table(runs_of),
-        "Relearning: forget probability of the other questions": relearn_table(runs_of),
-        "Rounded weights, and audits": weights_table(runs_of),
-        "Reference bias: rank correlation of a question's forgetting": bias_table(rows, runs_of),
+        "Mean and standard deviation over seeds": score_table(points),
+        "Sampled answers": leak_table(points),
+        "Relearning: forget probability of the other questions": relearn_table(points),
+        "Rounded weights, and audits": weights_table(points),
+        "Reference bias: rank correlation of a question's forgetting": bias_table(rows, points),
     }.items():
         if table:
             print("\n" + tables.markdown(f"### {title}", table, {}))
@@ -303,105 +336,109 @@ def middle(value):
     return value if isinstance(value, tuple) else (value, 0)
 
 
-def draw_scores(axes, rows, runs_of):
-    """Forget quality against utility, mean and standard deviation over seeds."""
-    for method, runs in runs_of.items():
-        x, x_error = middle(spread([run["scores"]["model_utility"] for run in runs]))
-        # the retain model is the reference: the p-value of equal samples
-        y, y_error = middle(spread([run["scores"].get("forget_quality", 1) for run in runs]))
-        axes.errorbar(x, y, xerr=x_error, yerr=[[min(y_error, 0.9 * y)], [y_error]],
-                      fmt=MARKERS.get(method, "o"), color=COLORS[method], markersize=9, capsize=3)
+def draw_scores(axes, rows, points):
+    """Forget quality against utility of the chosen points, mean and standard deviation."""
+    for point in points:
+        if point.chosen:
+            scores = [run["scores"] for run in point.runs]
+            x, x_error = middle(spread([some["model_utility"] for some in scores]))
+            # the retain model is the reference: the p-value of equal samples
+            y, y_error = middle(spread([some.get("forget_quality", 1) for some in scores]))
+            below = min(y_error, 0.9 * y)  # the axis is logarithmic
+            axes.errorbar(x, y, xerr=x_error or None, yerr=[[below], [y_error]], capsize=3,
+                          marker=point.marker, markersize=9, **point.style)
     axes.axhline(0.05, color="gray", linestyle=":")
     axes.set(yscale="log", xlabel="model utility (better to the right)",
              ylabel="forget quality, p-value (better upwards)",
              title="Forget quality and utility (dotted: p = 0.05)")
 
 
-def draw_trade(axes, rows, runs_of):
-    """What is kept against what is forgotten: both rates hollow, the chosen one filled."""
-    def at(run):
-        return run["scores"]["forget_prob"], run["scores"]["retain_rouge"]
-
-    for method, runs in runs_of.items():
-        tried = [row for row in rows if row.get("method") == method and row["seed"] == 0]
-        marker, color = MARKERS.get(method, "o"), COLORS[method]
-        axes.plot(*zip(*map(at, tried)), marker, linestyle="-", color=color, fillstyle="none",
-                  markersize=7, linewidth=0.8)
-        (x, x_error), (y, y_error) = (middle(spread(some)) for some in zip(*map(at, runs)))
-        axes.errorbar(x, y, xerr=x_error, yerr=y_error, fmt=marker, color=color, markersize=8,
-                      capsize=3)
+def draw_trade(axes, rows, points):
+    """What is kept against what is forgotten, of all points; a line joins a method's rates."""
+    places = {}  # {method: [(x, y) of each rate]}
+    for point in points:
+        scores = [run["scores"] for run in point.runs]
+        x, x_error = middle(spread([some["forget_prob"] for some in scores]))
+        y, y_error = middle(spread([some["retain_rouge"] for some in scores]))
+        axes.errorbar(x, y, xerr=x_error or None, yerr=y_error or None, capsize=3,
+                      marker=point.marker, markersize=9, **point.style)
+        places.setdefault(point.method, []).append((x, y))
+    for method, both in places.items():
+        axes.plot(*zip(*both), color=COLORS[method], linewidth=0.8, zorder=0)
     axes.set(xlabel="forget probability of the true answer",
              ylabel="retain ROUGE-L recall (better upwards)", xlim=(-0.03, 1.03), ylim=(0, 1.05),
-             title="What is kept and what is forgotten (star: the aim)")
+             title="What is kept, what is forgotten (star: the aim)")
 
 
-def draw_leaks(axes, rows, runs_of):
+def draw_leaks(axes, rows, points):
     """What the best of k sampled answers says: leak@k over k."""
-    for method, runs in runs_of.items():
-        curves = attacked(runs, "samples", "sample")
+    for point in points:
+        curves = attacked(point, "samples", "sample")
         if curves:
             k = [row["k"] for row in curves[0]]
             values = [[row["leak"] for row in curve] for curve in curves]
-            mean, error = np.mean(values, 0), np.std(values, 0, ddof=len(values) > 1)
-            axes.errorbar(k, mean, yerr=error, fmt=".-", color=COLORS[method], capsize=3)
+            error = np.std(values, 0, ddof=1) if len(values) > 1 else None
+            axes.errorbar(k, np.mean(values, 0), yerr=error, capsize=3, marker=".", **point.style)
             axes.set(xscale="log", xticks=k, xticklabels=k)
     axes.minorticks_off()
     axes.set(xlabel="k, sampled answers to a question", title="What sampling brings out",
              ylabel="leak@k: ROUGE-L recall of the best")
 
 
-def draw_relearning(axes, rows, runs_of):
+def draw_relearning(axes, rows, points):
     """Forget probability of the questions that were not relearned, before and after."""
-    table = relearn_table(runs_of)
-    colors = {METHODS[method][0]: COLORS[method] for method in runs_of}
+    table = relearn_table(points)
+    styles = {point.name: point.style for point in points}
     for i, attack in enumerate(("random", "shortest")):
         shown = {name: line for name, line in table.items() if f"{attack}, after" in line}
         for j, (name, line) in enumerate(shown.items()):
             x = i + 0.8 * (j - (len(shown) - 1) / 2) / len(shown)
             before, _ = middle(line[f"{attack}, before"])
             after, error = middle(line[f"{attack}, after"])
-            axes.plot([x, x], [before, after], color=colors[name], linewidth=1.5)
-            axes.plot(x, before, "_", color=colors[name], markersize=10)
-            axes.errorbar(x, after, yerr=error, fmt="^", color=colors[name], capsize=3)
+            axes.plot([x, x], [before, after], linewidth=1.5, **styles[name])
+            axes.plot(x, before, marker="_", markersize=10, **styles[name])
+            axes.errorbar(x, after, yerr=error or None, marker="^", capsize=3, **styles[name])
     axes.set(xticks=(0, 1), xticklabels=("20 random questions", "the 20 shortest answers"),
              xlim=(-0.6, 1.6), ylabel="forget probability of the others", ylim=(0, 1),
              title="Relearning: before (bar) and after (triangle)")
 
 
-def draw_bias(axes, rows, runs_of, column, xlabel, title):
+def draw_bias(axes, rows, points, column, xlabel, title):
     """How far each question fell, against a column of `forgetting`: SimNPO and NPO, a line each."""
-    for method in ("simnpo", "npo"):
-        if method in runs_of:
-            columns = forgetting(rows, runs_of[method][0])
+    for point in points:
+        if point.chosen and point.method in ("simnpo", "npo"):
+            color = COLORS[point.method]
+            columns = forgetting(rows, point.runs[0])
             x, fell = columns[column], columns["fell"]
-            axes.plot(x, fell, ".", color=COLORS[method], alpha=0.6)
+            axes.plot(x, fell, ".", color=color, alpha=0.6)
             slope, start = np.polyfit(x, fell, 1)
             ends = np.array([x.min(), x.max()])
-            axes.plot(ends, start + slope * ends, color=COLORS[method])
+            axes.plot(ends, start + slope * ends, color=color)
     axes.set(xlabel=xlabel, title=title, ylabel="fall of the log-prob (nats per token)")
 
 
-def draw_confidence(axes, rows, runs_of):
-    draw_bias(axes, rows, runs_of, "confidence", "target's log-prob of the answer, per token",
+def draw_confidence(axes, rows, points):
+    draw_bias(axes, rows, points, "confidence", "target's log-prob of the answer, per token",
               "Forgetting by the target's confidence, seed 0")
 
 
-def draw_lengths(axes, rows, runs_of):
-    draw_bias(axes, rows, runs_of, "n_tokens", "tokens of the answer",
+def draw_lengths(axes, rows, points):
+    draw_bias(axes, rows, points, "n_tokens", "tokens of the answer",
               "Forgetting by length, seed 0")
 
 
 def draw(name, rows, *panels, height):
     """One figure, two panels a row, its legend below them."""
-    runs_of = chosen(rows)
+    points = points_of(rows)
     figure = Figure(figsize=(11, height), layout="constrained")
     all_axes = figure.subplots(len(panels) // 2, 2).flat
     for axes, panel in zip(all_axes, panels):
-        panel(axes, rows, runs_of)
+        panel(axes, rows, points)
     handles = []
-    for method in runs_of:
-        style = {"marker": MARKERS.get(method, "o"), "color": COLORS[method], "linestyle": ""}
-        handles.append(Line2D([], [], label=METHODS[method][0], **style))
+    for point in points:
+        if point.chosen:
+            handles.append(Line2D([], [], label=point.name, color=COLORS[point.method],
+                                  marker=point.marker, linestyle=""))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(os.path.join(HERE, name), dpi=110)
 
@@ -419,7 +456,7 @@ def main(words):
     show(rows)
     draw("study.png", rows, draw_scores, draw_trade, draw_leaks, draw_relearning,
          draw_confidence, draw_lengths, height=12)
-    draw("overview.png", rows, draw_trade, draw_leaks, height=4.6)
+    draw("overview.png", rows, draw_trade, draw_scores, height=4.6)
 
 
 if __name__ == "__main__":
