@@ -58,9 +58,11 @@ class Attacked:
 
         records: of this model, where it has been scored already.
         """
-        if not records:
-            _, records = evaluate.evaluate(lm, tokenizer, self.bench, self.c, self.proc)
-        scores = evaluate.summarize(records, self.retain, self.c, self.target)
+        if records:
+            scores = evaluate.summarize(records, self.retain, self.c, self.target)
+        else:
+            scores, records = evaluate.evaluate(
+                lm, tokenizer, self.bench, self.c, self.proc, self.retain, self.target)
         rest = forget_records(records, seen)
         if seen and rest and rest[0]["set"] == "forget":
             retain = forget_records(self.retain, seen) or None

@@ -442,7 +442,7 @@ def test_an_out_that_cannot_be_written_is_a_sentence_before_any_model_is_loaded(
     (tmp_path / "read_only").mkdir()
     temporary_file = tempfile.TemporaryFile
 
-    def refuse_read_only(dir):  # root may write everywhere, so a file system says no here
+    def refuse_read_only(dir):  # a superuser may write everywhere: a file system says no
         if dir == tmp_path / "read_only":
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return temporary_file(dir=dir)
