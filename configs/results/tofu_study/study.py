@@ -261,21 +261,22 @@ def relearn_table(points):
 
 
 def weights_table(points):
-    """Forget probability of the rounded weights, and the audits of the unrounded ones."""
+    """Forget probability before and after rounding, and the audits of the unrounded weights."""
     columns = ("exact_memorization", "extraction_strength", "mia_loss", "mia_min_k_pp",
-               "mia_reference", "privleak")
+               "mia_gradnorm", "mia_reference", "privleak")
     table = {}
     for point in points:
+        rows = {}  # {attack: its rows}
+        for attack in ("audits", "int4", "nf4"):
+            rows[attack] = [curve[-1] for curve in attacked(point, "weights", attack)]
+        if not rows["audits"]:
+            continue
         line = {}
-        for grid in ("int4", "nf4"):
-            curves = attacked(point, "weights", grid)
-            if curves:
-                line[f"forget_prob, {grid}"] = spread([c[-1]["forget_prob"] for c in curves])
-        audits = [curve[-1] for curve in attacked(point, "weights", "audits")]
-        for key in columns if audits else ():
-            line[key] = spread([row.get(key) for row in audits])
-        if line:
-            table[point.name] = line
+        for attack, name in {"audits": "unrounded", "int4": "int4", "nf4": "nf4"}.items():
+            line[f"forget_prob, {name}"] = spread([row["forget_prob"] for row in rows[attack]])
+        for key in columns:
+            line[key] = spread([row.get(key) for row in rows["audits"]])
+        table[point.name] = line
     return table
 
 
