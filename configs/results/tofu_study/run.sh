@@ -4,7 +4,7 @@
 # What is done is skipped and a killed run goes on. Several shells may share the work, each with
 # METHODS="simnpo npo" of its own. STAGE="sweep seeds" does these stages only; there are
 # sweep, seeds, samples, shortest, random, weights and added (README: added after the sweep).
-#   SIZE=small  ten authors of TOFU; CPU, by estimate twelve hours of one core
+#   SIZE=small  ten authors of TOFU; CPU, about seventeen hours of one core
 #   SIZE=all    the whole of TOFU, with SUBSET=forget10 or forget05; one GPU
 set -euo pipefail
 shopt -s inherit_errexit  # what fails in $(...) ends the script

@@ -368,22 +368,24 @@ def draw_trade(axes, rows, points):
         axes.plot(*zip(*both), color=COLORS[method], linewidth=0.8, zorder=0)
     axes.set(xlabel="forget probability of the true answer",
              ylabel="retain ROUGE-L recall (better upwards)", xlim=(-0.03, 1.03), ylim=(0, 1.05),
-             title="What is kept, what is forgotten (star: the aim)")
+             title="Kept against forgotten (star: the aim; hollow: not chosen)")
 
 
 def draw_leaks(axes, rows, points):
     """What the best of k sampled answers says: leak@k over k."""
-    for point in points:
+    for i, point in enumerate(points):
         curves = attacked(point, "samples", "sample")
         if curves:
-            k = [row["k"] for row in curves[0]]
+            k = np.array([row["k"] for row in curves[0]])
             values = [[row["leak"] for row in curve] for curve in curves]
             error = np.std(values, 0, ddof=1) if len(values) > 1 else None
-            axes.errorbar(k, np.mean(values, 0), yerr=error, capsize=3, marker=".", **point.style)
+            beside = k * 1.012**i  # else equal curves hide each other
+            axes.errorbar(beside, np.mean(values, 0), yerr=error, capsize=3, marker=".",
+                          **point.style)
             axes.set(xscale="log", xticks=k, xticklabels=k)
     axes.minorticks_off()
     axes.set(xlabel="k, sampled answers to a question", title="What sampling brings out",
-             ylabel="leak@k: ROUGE-L recall of the best")
+             ylabel="leak@k: ROUGE-L recall of the best answer")
 
 
 def draw_relearning(axes, rows, points):
@@ -457,7 +459,7 @@ def main(words):
     show(rows)
     draw("study.png", rows, draw_scores, draw_trade, draw_leaks, draw_relearning,
          draw_confidence, draw_lengths, height=12)
-    draw("overview.png", rows, draw_trade, draw_scores, height=4.6)
+    draw("overview.png", rows, draw_trade, draw_leaks, height=4.6)
 
 
 if __name__ == "__main__":
