@@ -84,12 +84,12 @@ def forget_questions(path):
 
 
 def attacks_on(study, name):
-    """{attack, as run.sh calls it: its rows} of those that were run on a model."""
+    """{attack, as run.sh calls it: its rows} of those that have ended on a model."""
     found = {}
     for attack in ("samples", "shortest", "random", "weights"):
-        path = f"{study}_attacks/{name}_{attack}/relearn.json"
-        if os.path.isfile(path):
-            [found[attack]] = read_lines(path)
+        folder = f"{study}_attacks/{name}_{attack}"
+        if os.path.isfile(f"{folder}/relearn.csv"):  # the attack has ended
+            [found[attack]] = read_lines(f"{folder}/relearn.json")
     return found
 
 
