@@ -6,6 +6,8 @@
         # the rate that a choice takes; the lowest where every point is barred
     PYTHONPATH=. python configs/results/tofu_study/study.py collect out/study
         # keeps runs.jsonl, from what run.sh left in out/
+    PYTHONPATH=. python configs/results/tofu_study/study.py again out/study
+        # adds to runs.jsonl: attacks that were run later, on models made again by run.sh
     PYTHONPATH=. python configs/results/tofu_study/study.py
         # tables and picture, from runs.jsonl
 """
@@ -39,6 +41,7 @@ METHODS = {  # as run.sh calls it: (name, color, the same in all pictures)
 COLORS = {method: color for method, (_, color) in METHODS.items()}
 MARKERS = {"target": "s", "retain": "*"}  # others: a circle
 ENDS = ("target", "retain")
+SAME = 0.02  # nats per token between a model and itself made again; another target: 0.05 to 0.6
 SAMPLED = 40  # questions, the first ones: run.sh's --eval_rows of attacks
 SETTINGS = (
     "forget_loss", "beta", "forget_weight", "retain_weight", "lr", "seed", "epochs", "batch_size",
@@ -118,6 +121,38 @@ def collect(study):
             if "seconds" in run:  # it has ended
                 row = {"name": name, "method": method} | {key: run[key] for key in SETTINGS}
                 rows.append(row | scored(study, name, folder))
+    rundir.write_records(KEPT, rows)
+
+
+def distances(first, again, score):
+    """Between two models, of each question that both were scored on."""
+    return [abs(a - b) for a, b in zip(first["questions"][score], again["questions"][score])]
+
+
+def add_again(study):
+    """Adds to runs.jsonl what was run on models that the same commands made again.
+
+    An attack that the first model lacks is added. `again`, a list with one entry a model, names
+    these attacks and keeps the questions that the model was scored on (the first `--eval_rows`),
+    to be compared with the first model's. A model that is not the same one is refused. To be
+    called once, when the attacks have ended.
+    """
+    rows = read_lines(KEPT)
+    for row in rows:
+        folder = os.path.join(os.path.dirname(study), row["name"])
+        if not os.path.isfile(f"{folder}/scores.json"):
+            continue
+        run = rundir.read_json(f"{folder}/run.json")
+        attacks = attacks_on(study, row["name"])
+        again = {"git": run["git"], "seconds": run["seconds"],
+                 "attacks": sorted(attacks.keys() - row["attacks"].keys()),
+                 "questions": forget_questions(f"{folder}/examples.jsonl")}
+        apart = statistics.mean(distances(row, again, "nll"))
+        if apart > SAME:
+            sys.exit(f"{folder}: its NLL is {apart:.3f} from that of {row['name']} in {KEPT}, "
+                     f"above {SAME}: another model; make it again with run.sh.")
+        row.setdefault("again", []).append(again)
+        row["attacks"] = attacks | row["attacks"]
     rundir.write_records(KEPT, rows)
 
 
@@ -311,6 +346,26 @@ def bias_table(rows, points):
     return table
 
 
+def again_table(points):
+    """Models made again beside the first ones: the mean distance over the same questions."""
+    table = {}
+    for point in points:
+        nll, rouge = [], []
+        models = 0
+        for run in point.runs:
+            for again in run.get("again", []):
+                models += 1
+                nll += distances(run, again, "nll")
+                rouge += distances(run, again, "rouge")
+        if models:
+            table[f"{point.name} (n={models}), {len(nll)} questions"] = {
+                "distance of the NLL": statistics.mean(nll),
+                "largest": max(nll),
+                "distance of the ROUGE": statistics.mean(rouge),
+            }
+    return table
+
+
 def show(rows):
     points = [point for point in points_of(rows) if point.chosen or len(point.runs) > 1]
     for row in rows:
@@ -323,6 +378,7 @@ def show(rows):
         "Relearning: forget probability of the other questions": relearn_table(points),
         "Rounded weights, and audits": weights_table(points),
         "Reference bias: rank correlation of a question's forgetting": bias_table(rows, points),
+        "Made again: the distance from the first models": again_table(points),
     }.items():
         if table:
             print("\n" + tables.markdown(f"### {title}", table, {}))
@@ -455,6 +511,8 @@ def main(words):
         return print(chosen_rate(data.read_text(choice), rates))
     if command == "collect":
         collect(*words)
+    if command == "again":
+        add_again(*words)
     rows = read_lines(KEPT)
     show(rows)
     draw("study.png", rows, draw_scores, draw_trade, draw_leaks, draw_relearning,
